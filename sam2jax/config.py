@@ -1,0 +1,204 @@
+"""Static configuration: frozen, hashable, and the only place where sizes are written down.
+
+Every width, depth, head count and memory size of the model comes from a `SAM2Config`, so a
+smaller model is only another value of it. `VARIANTS` holds the official ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class HieraConfig:
+    """The image encoder's trunk (Hiera, arXiv 2306.00989; official `hieradet.py`)."""
+
+    embed_dim: int = 96
+    num_heads: int = 1
+    stages: tuple[int, int, int, int] = (1, 2, 7, 2)  # blocks per stage
+    global_att_blocks: tuple[int, ...] = (5, 7, 9)
+    window_spec: tuple[int, int, int, int] = (8, 4, 14, 7)  # window width per stage
+    window_pos_embed_bkg_spatial_size: tuple[int, int] = (7, 7)
+    mlp_ratio: int = 4
+
+    @property
+    def channel_list(self) -> tuple[int, ...]:
+        """Channels of each stage, finest first."""
+        return tuple(self.embed_dim * 2**i for i in range(len(self.stages)))
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryAttentionConfig:
+    """The transformer that conditions a frame on the memory bank."""
+
+    num_layers: int = 4
+    num_heads: int = 1
+    mlp_dim: int = 2048
+    rope_theta: float = 10000.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskDecoderConfig:
+    """SAM's two-way transformer and its heads."""
+
+    num_layers: int = 2
+    num_heads: int = 8
+    mlp_dim: int = 2048
+    attention_downsample_rate: int = 2
+    num_multimask_outputs: int = 3
+    iou_head_depth: int = 3
+    iou_head_hidden_dim: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class SAM2Config:
+    """A SAM 2 model: its architecture, the size it runs at, and the official inference options.
+
+    Option names are the official ones (`sam2_base.py`, `sam2_video_predictor.py`); their defaults
+    are those that the official builders set with `apply_postprocessing=True`.
+    """
+
+    name: str = "sam2.1_hiera_tiny"
+    trunk: HieraConfig = HieraConfig()
+    hidden_dim: int = 256
+    mem_dim: int = 64
+    memory_attention: MemoryAttentionConfig = MemoryAttentionConfig()
+    mask_decoder: MaskDecoderConfig = MaskDecoderConfig()
+    mask_in_chans: int = 16  # hidden channels of the mask prompt's encoder
+    num_fuser_layers: int = 2  # ConvNeXt blocks of the memory encoder
+    num_maskmem: int = 7  # temporal encodings: one for conditioning frames, the rest recent ones
+    max_obj_ptrs_in_encoder: int = 16
+    # What SAM 2.1 added to SAM 2.0.
+    no_obj_embed_spatial: bool = True
+    add_tpos_enc_to_obj_ptrs: bool = True
+
+    image_size: int = 1024
+    dtype: DType = "float32"
+
+    dynamic_multimask_via_stability: bool = True
+    dynamic_multimask_stability_delta: float = 0.05
+    dynamic_multimask_stability_thresh: float = 0.98
+    binarize_mask_from_pts_for_mem_enc: bool = True
+    fill_hole_area: int = 8  # largest hole, in pixels of the S/4 mask, that is filled; 0: none
+    max_cond_frames_in_attn: int = -1  # -1: all that the bank holds
+    memory_temporal_stride_for_eval: int = 1
+    multimask_min_pt_num: int = 0
+    multimask_max_pt_num: int = 1
+
+    def __post_init__(self) -> None:
+        if self.image_size < 32 or self.image_size % 32:
+            raise ValueError(
+                f"image_size must be a positive multiple of 32, got {self.image_size}."
+            )
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}.")
+        if self.max_cond_frames_in_attn != -1 and self.max_cond_frames_in_attn < 2:
+            raise ValueError(
+                "max_cond_frames_in_attn must be -1 (all) or at least 2, got "
+                f"{self.max_cond_frames_in_attn}."
+            )
+        if self.memory_temporal_stride_for_eval < 1:
+            raise ValueError(
+                "memory_temporal_stride_for_eval must be at least 1, got "
+                f"{self.memory_temporal_stride_for_eval}."
+            )
+        if self.fill_hole_area < 0:
+            raise ValueError(f"fill_hole_area must not be negative, got {self.fill_hole_area}.")
+
+    @property
+    def feature_size(self) -> int:
+        """Width and height of the stride-16 feature map."""
+        return self.image_size // 16
+
+    @property
+    def mask_size(self) -> int:
+        """Width and height of the mask logits (stride 4)."""
+        return self.image_size // 4
+
+    @property
+    def num_recent(self) -> int:
+        """Recent (non-conditioning) frames whose spatial memory is attended to."""
+        return self.num_maskmem - 1
+
+    @property
+    def num_recent_pointers(self) -> int:
+        """Recent (non-conditioning) frames whose object pointer is attended to."""
+        return self.max_obj_ptrs_in_encoder - 1
+
+    @property
+    def pointer_tokens(self) -> int:
+        """Tokens of width `mem_dim` that one object pointer is read as."""
+        return self.hidden_dim // self.mem_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain nested dicts and lists, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SAM2Config:
+        """Inverse of `to_dict`. Unknown names are refused."""
+        parts = {
+            "trunk": HieraConfig,
+            "memory_attention": MemoryAttentionConfig,
+            "mask_decoder": MaskDecoderConfig,
+        }
+
+        def build(kind: Any, given: Any) -> Any:
+            if not isinstance(given, dict):
+                raise ValueError(f"{kind.__name__} must be a mapping, got {type(given).__name__}.")
+            unknown = sorted(set(given) - {f.name for f in dataclasses.fields(kind)})
+            if unknown:
+                raise ValueError(f"{kind.__name__} has no field {', '.join(map(repr, unknown))}.")
+            return kind(
+                **{
+                    name: build(parts[name], value)
+                    if kind is cls and name in parts
+                    else tuple(value)
+                    if isinstance(value, list)
+                    else value
+                    for name, value in given.items()
+                }
+            )
+
+        return build(cls, values)
+
+
+# Inference options of a model without the official post-processing (`apply_postprocessing=False`).
+NO_POSTPROCESSING: dict[str, Any] = {
+    "dynamic_multimask_via_stability": False,
+    "binarize_mask_from_pts_for_mem_enc": False,
+    "fill_hole_area": 0,
+}
+
+_TRUNKS = {
+    "tiny": HieraConfig(),
+    "small": HieraConfig(stages=(1, 2, 11, 2), global_att_blocks=(7, 10, 13)),
+    "base_plus": HieraConfig(
+        embed_dim=112,
+        num_heads=2,
+        stages=(2, 3, 16, 3),
+        global_att_blocks=(12, 16, 20),
+        window_pos_embed_bkg_spatial_size=(14, 14),
+    ),
+    "large": HieraConfig(
+        embed_dim=144,
+        num_heads=2,
+        stages=(2, 6, 36, 4),
+        global_att_blocks=(23, 33, 43),
+        window_spec=(8, 4, 16, 8),
+    ),
+}
+
+VARIANTS: dict[str, SAM2Config] = {
+    f"{version}_hiera_{size}": SAM2Config(
+        name=f"{version}_hiera_{size}",
+        trunk=trunk,
+        no_obj_embed_spatial=version == "sam2.1",
+        add_tpos_enc_to_obj_ptrs=version == "sam2.1",
+    )
+    for version in ("sam2", "sam2.1")
+    for size, trunk in _TRUNKS.items()
+}
