@@ -1,0 +1,34 @@
+"""What every test shares: a strict JAX on the CPU, and real media where there are some."""
+
+import importlib.util
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ORACLE_PACKAGES = ("torch", "torchvision", "sam2", "scipy", "transformers")
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = [name for name in ORACLE_PACKAGES if importlib.util.find_spec(name) is None]
+    if not missing:
+        return
+    skip = pytest.mark.skip(reason=f"the parity extra is not installed: no {', '.join(missing)}")
+    for item in items:
+        if item.get_closest_marker("parity"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def media() -> pathlib.Path:
+    """The folder of real clips and images: $SAM2JAX_MEDIA, or shared/media beside the checkout."""
+    folder = pathlib.Path(os.environ.get("SAM2JAX_MEDIA", ROOT.parent / "shared" / "media"))
+    if not folder.is_dir():
+        pytest.skip("no real media here; set SAM2JAX_MEDIA")
+    return folder
