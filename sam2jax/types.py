@@ -53,7 +53,7 @@ class MemoryRead:
     spatial_frame: Array  # [K] int32 frame index, EMPTY past the valid ones
     num_spatial: Array  # [] int32
     pointers: Array  # [Q, C] object pointers
-    pointer_offset: Array  # [Q] int32, signed distance in frames from the current frame
+    pointer_position: Array  # [Q] float32, signed distance in time, in units of the longest
     pointer_frame: Array  # [Q] int32 frame index, EMPTY past the valid ones
     num_pointers: Array  # [] int32
 

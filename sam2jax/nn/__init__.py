@@ -1,0 +1,1 @@
+"""Flax Linen modules: one file for each box of the paper's figure."""

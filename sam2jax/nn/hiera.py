@@ -1,0 +1,139 @@
+"""Hiera, the trunk of the image encoder (arXiv 2306.00989; official `backbones/hieradet.py`)."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from sam2jax.config import HieraConfig
+from sam2jax.nn.layers import MLP, Conv, LayerNorm, Linear, embedding_init, fold_heads, unfold_heads
+from sam2jax.ops.attention import attention
+from sam2jax.ops.conv import max_pool_2x2
+from sam2jax.ops.linear import gelu
+from sam2jax.ops.resize import resize_bicubic
+from sam2jax.ops.windows import window_partition, window_unpartition
+from sam2jax.types import Array
+
+
+class MultiScaleAttention(nn.Module):
+    """Self-attention within each map it is given; queries may be pooled 2x2 first."""
+
+    features: int
+    num_heads: int
+    pool: bool
+    dtype: jnp.dtype
+
+    def setup(self) -> None:
+        self.qkv = Linear(3 * self.features, self.dtype)
+        self.proj = Linear(self.features, self.dtype)
+
+    def __call__(self, x: Array) -> Array:
+        batch, height, width, _ = x.shape
+        query, key, value = jnp.split(self.qkv(x), 3, axis=-1)
+        if self.pool:
+            query, height, width = max_pool_2x2(query), height // 2, width // 2
+        query, key, value = (
+            fold_heads(t.reshape(batch, -1, self.features), self.num_heads)
+            for t in (query, key, value)
+        )
+        out = unfold_heads(attention(query, key, value), self.num_heads)
+        return self.proj(out).reshape(batch, height, width, self.features)
+
+
+class MultiScaleBlock(nn.Module):
+    """A transformer block over windows (`window` 0: over the whole map)."""
+
+    features: int
+    num_heads: int
+    window: int
+    pool: bool
+    mlp_ratio: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shortcut = x
+        x = LayerNorm(1e-6, name="norm1")(x)
+        if x.shape[-1] != self.features:
+            shortcut = Linear(self.features, self.dtype, name="proj")(x)
+            if self.pool:
+                shortcut = max_pool_2x2(shortcut)
+        attn = MultiScaleAttention(
+            self.features, self.num_heads, self.pool, self.dtype, name="attn"
+        )
+        if self.window:
+            x = attn(window_partition(x.astype(self.dtype), self.window))
+            x = window_unpartition(x, *shortcut.shape[1:3])
+        else:
+            x = attn(x)
+        x = shortcut + x
+        mlp = MLP(
+            (self.mlp_ratio * self.features, self.features), self.dtype, gelu, name="mlp"
+        )
+        return x + mlp(LayerNorm(1e-6, name="norm2")(x))
+
+
+class Hiera(nn.Module):
+    """Images [B, S, S, 3] -> a map per stage, finest first: [B, S/4, S/4, C], [B, S/8, S/8, 2C], ..."""
+
+    config: HieraConfig
+    dtype: jnp.dtype
+
+    def setup(self) -> None:
+        config = self.config
+        self.patch_embed = PatchEmbed(config.embed_dim, self.dtype)
+        background = config.window_pos_embed_bkg_spatial_size
+        window = config.window_spec[0]
+        self.pos_embed = self.param("pos_embed", embedding_init, (*background, config.embed_dim))
+        self.pos_embed_window = self.param(
+            "pos_embed_window", embedding_init, (window, window, config.embed_dim)
+        )
+        blocks, index = [], 0
+        for stage, depth in enumerate(config.stages):
+            for first in (True,) + (False,) * (depth - 1):
+                new_stage = first and stage > 0
+                # The block that opens a stage still works in the windows of the stage before.
+                window = config.window_spec[stage - 1 if new_stage else stage]
+                blocks.append(
+                    MultiScaleBlock(
+                        features=config.embed_dim * 2**stage,
+                        num_heads=config.num_heads * 2**stage,
+                        window=0 if index in config.global_att_blocks else window,
+                        pool=new_stage,
+                        mlp_ratio=config.mlp_ratio,
+                        dtype=self.dtype,
+                    )
+                )
+                index += 1
+        self.blocks = blocks
+
+    def __call__(self, images: Array) -> list[Array]:
+        x = self.patch_embed(images)
+        x = x + self._position(*x.shape[1:3])
+        stage_ends = {sum(self.config.stages[: i + 1]) - 1 for i in range(len(self.config.stages))}
+        stages = []
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index in stage_ends:
+                stages.append(x)
+        return stages
+
+    def _position(self, height: int, width: int) -> Array:
+        """A coarse map, resized, plus a window's map, tiled (arXiv 2311.05613)."""
+        background = resize_bicubic(self.pos_embed[None], height, width)
+        window = self.pos_embed_window
+        tiles = (height // window.shape[0], width // window.shape[1], 1)
+        return background + jnp.tile(window, tiles)[None]
+
+
+class PatchEmbed(nn.Module):
+    """[B, S, S, 3] -> [B, S/4, S/4, features]."""
+
+    features: int
+    dtype: jnp.dtype
+
+    def setup(self) -> None:
+        self.proj = Conv(self.features, kernel_size=7, stride=4, padding=3, dtype=self.dtype)
+
+    def __call__(self, images: Array) -> Array:
+        return self.proj(images)

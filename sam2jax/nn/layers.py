@@ -1,0 +1,127 @@
+"""The few layers that everything is made of. Parameters are float32; `dtype` is what is computed in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sam2jax.ops import conv as conv_ops
+from sam2jax.ops.linear import layer_norm, linear
+from sam2jax.types import Array
+
+# PyTorch's default for linear layers and convolutions.
+kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+embedding_init = nn.initializers.truncated_normal(0.02)
+
+
+class Linear(nn.Module):
+    """[..., I] -> [..., features]; also every 1x1 convolution."""
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return linear(x, kernel, bias, self.dtype)
+
+
+class Conv(nn.Module):
+    """[B, H, W, I] -> [B, H', W', features]."""
+
+    features: int
+    kernel_size: int
+    stride: int
+    padding: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        size = self.kernel_size
+        kernel = self.param("kernel", kernel_init, (size, size, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return conv_ops.conv(
+            x, kernel, bias, stride=self.stride, padding=self.padding, dtype=self.dtype
+        )
+
+
+class DepthwiseConv(nn.Module):
+    """[B, H, W, C] -> [B, H, W, C]."""
+
+    kernel_size: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        size = self.kernel_size
+        kernel = self.param(
+            "kernel",
+            nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2),
+            (size, size, x.shape[-1]),
+        )
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return conv_ops.depthwise_conv(x, kernel, bias, self.dtype)
+
+
+class UpsampleConv(nn.Module):
+    """Transposed convolution of width and stride 2: [B, H, W, I] -> [B, 2H, 2W, features]."""
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param(
+            "kernel",
+            nn.initializers.variance_scaling(
+                1 / 3, "fan_in", "uniform", in_axis=(1, 2, 3), out_axis=0
+            ),
+            (x.shape[-1], 2, 2, self.features),
+        )
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return conv_ops.upsample_conv(x, kernel, bias, self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Over the last axis, in float32. PyTorch's `LayerNorm` and the official `LayerNorm2d`."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return layer_norm(x, scale, bias, self.eps)
+
+
+class MLP(nn.Module):
+    """Linear layers with an activation between them."""
+
+    features: tuple[int, ...]
+    dtype: jnp.dtype
+    activation: Callable[[Array], Array] = jax.nn.relu
+
+    def setup(self) -> None:
+        self.layers = [Linear(width, self.dtype) for width in self.features]
+
+    def __call__(self, x: Array) -> Array:
+        for layer in self.layers[:-1]:
+            x = self.activation(layer(x))
+        return self.layers[-1](x)
+
+
+def fold_heads(x: Array, num_heads: int) -> Array:
+    """[B, T, heads * d] -> [B * heads, T, d]."""
+    batch, tokens, width = x.shape
+    x = x.reshape(batch, tokens, num_heads, width // num_heads)
+    return x.transpose(0, 2, 1, 3).reshape(batch * num_heads, tokens, -1)
+
+
+def unfold_heads(x: Array, num_heads: int) -> Array:
+    """[B * heads, T, d] -> [B, T, heads * d]."""
+    x = x.reshape(-1, num_heads, *x.shape[1:]).transpose(0, 2, 1, 3)
+    return x.reshape(*x.shape[:2], -1)

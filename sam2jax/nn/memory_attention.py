@@ -1,0 +1,186 @@
+"""Memory attention: a frame's features conditioned on the memory bank (official `memory_attention.py`)."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from sam2jax.config import SAM2Config
+from sam2jax.nn.layers import LayerNorm, Linear, fold_heads, unfold_heads
+from sam2jax.ops.attention import attention
+from sam2jax.ops.linear import linear
+from sam2jax.ops.position import sine_2d
+from sam2jax.ops.rope import rope_table, rotate, split_pairs
+from sam2jax.types import Array
+
+
+@struct.dataclass
+class MemoryTokens:
+    """What N objects' memories are attended to by: spatial ones first, pointers behind them."""
+
+    spatial_keys: Array  # [N, K, HW, D] spatial memories with their positions, valid ones first
+    pointer_keys: Array  # [N, Q, D] pointer tokens with their positions, valid ones first
+    values: Array  # [N, K * HW + Q, D] both without positions, the valid ones at the front
+    spatial_length: Array  # [N] int32, how many spatial tokens are valid
+    length: Array  # [N] int32, how many tokens are valid in all
+
+    @classmethod
+    def make(
+        cls,
+        spatial: Array,  # [N, K, HW, D]
+        spatial_position: Array,  # [N, K, HW, D]
+        num_spatial: Array,  # [N] int32, valid memories
+        pointers: Array,  # [N, Q, D]
+        pointer_position: Array,  # [N, Q, D]
+        num_pointers: Array,  # [N] int32, valid tokens
+    ) -> MemoryTokens:
+        count, slots, cells, width = spatial.shape
+        spatial_length = num_spatial * cells
+        return cls(
+            spatial_keys=spatial + spatial_position,
+            pointer_keys=pointers + pointer_position,
+            values=place_after(
+                spatial.reshape(count, slots * cells, width).astype(pointers.dtype),
+                pointers,
+                spatial_length,
+            ),
+            spatial_length=spatial_length,
+            length=spatial_length + num_pointers,
+        )
+
+
+class Projection(nn.Module):
+    """The parameters of a linear layer, for callers that apply them in another order."""
+
+    in_features: int
+    features: int
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Array]:
+        kernel = self.param(
+            "kernel",
+            nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+            (self.in_features, self.features),
+        )
+        return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
+
+
+class RoPEAttention(nn.Module):
+    """Attention with rotary positions, to the frame itself or to the memory bank."""
+
+    config: SAM2Config
+    in_features: int  # of keys and values
+
+    def setup(self) -> None:
+        width = self.config.hidden_dim
+        self.q_proj = Projection(width, width)
+        self.k_proj = Projection(self.in_features, width)
+        self.v_proj = Projection(self.in_features, width)
+        self.out_proj = Linear(width, jnp.dtype(self.config.dtype))
+
+    def _rotated(self, x: Array, projection: Projection) -> Array:
+        """Projects and rotates maps: [B, ..., HW, I] -> [B, ..., HW, C], heads side by side."""
+        heads = self.config.memory_attention.num_heads
+        x = self._projected(x, projection)
+        width = x.shape[-1]
+        table = rope_table(
+            self.config.feature_size, width // heads, self.config.memory_attention.rope_theta
+        )
+        if heads == 1:
+            return rotate(x, table)
+        by_head = jnp.moveaxis(x.reshape(*x.shape[:-1], heads, width // heads), -2, -3)
+        return jnp.moveaxis(rotate(by_head, table), -3, -2).reshape(x.shape)
+
+    def _projected(self, x: Array, projection: Projection) -> Array:
+        heads = self.config.memory_attention.num_heads
+        kernel, bias = (split_pairs(p, heads) for p in projection())
+        return linear(x, kernel, bias, jnp.dtype(self.config.dtype))
+
+    def _attend(self, query: Array, key: Array, value: Array, length: Array | None) -> Array:
+        """`value` is attended to as it is and projected after, at its own, smaller width:
+        the rows of a softmax sum to one, so softmax(.) (M W + b) = (softmax(.) M) W + b."""
+        heads = self.config.memory_attention.num_heads
+        dtype = jnp.dtype(self.config.dtype)
+        kernel, bias = self.v_proj()
+        if heads > 1 and length is not None:
+            length = jnp.repeat(length, heads, axis=0)
+        out = attention(
+            fold_heads(query, heads),
+            fold_heads(key, heads),
+            jnp.repeat(value.astype(dtype), heads, axis=0),
+            length=length,
+        )
+        out = out.reshape(-1, heads, *out.shape[1:])
+        kernel = kernel.reshape(self.in_features, heads, -1)
+        projected = [linear(out[:, h], kernel[:, h], None, dtype) for h in range(heads)]
+        return self.out_proj(jnp.concatenate(projected, axis=-1) + bias.reshape(1, 1, -1))
+
+    def attend_self(self, x: Array) -> Array:
+        """[N, HW, C] -> [N, HW, C]."""
+        return self._attend(
+            self._rotated(x, self.q_proj), self._rotated(x, self.k_proj), x, length=None
+        )
+
+    def attend_memory(self, x: Array, memory: MemoryTokens) -> Array:
+        """[N, HW, C] -> [N, HW, C]. Pointers' keys are not rotated."""
+        keys = self._rotated(memory.spatial_keys, self.k_proj)
+        keys = keys.reshape(keys.shape[0], -1, keys.shape[-1])
+        pointers = self._projected(memory.pointer_keys, self.k_proj)
+        return self._attend(
+            self._rotated(x, self.q_proj),
+            place_after(keys, pointers, memory.spatial_length),
+            memory.values,
+            memory.length,
+        )
+
+
+def place_after(first: Array, second: Array, length: Array) -> Array:
+    """Puts `second` [N, Q, D] behind the first `length` [N] tokens of `first` [N, K, D]: [N, K + Q, D]."""
+    room = jnp.pad(first, ((0, 0), (0, second.shape[1]), (0, 0)))
+    put = jax.vmap(lambda row, tail, at: lax.dynamic_update_slice(row, tail, (at, 0)))
+    return put(room, second.astype(first.dtype), length)
+
+
+class MemoryAttentionLayer(nn.Module):
+    """Self-attention, attention to the memory, MLP; pre-normalised."""
+
+    config: SAM2Config
+
+    def setup(self) -> None:
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        self.self_attn = RoPEAttention(config, config.hidden_dim)
+        self.cross_attn_image = RoPEAttention(config, config.mem_dim)
+        self.linear1 = Linear(config.memory_attention.mlp_dim, dtype)
+        self.linear2 = Linear(config.hidden_dim, dtype)
+        self.norm1 = LayerNorm(1e-5)
+        self.norm2 = LayerNorm(1e-5)
+        self.norm3 = LayerNorm(1e-5)
+
+    def __call__(self, x: Array, memory: MemoryTokens) -> Array:
+        x = x + self.self_attn.attend_self(self.norm1(x))
+        x = x + self.cross_attn_image.attend_memory(self.norm2(x), memory)
+        return x + self.linear2(jax.nn.relu(self.linear1(self.norm3(x))))
+
+
+class MemoryAttention(nn.Module):
+    config: SAM2Config
+
+    def setup(self) -> None:
+        self.layers = [
+            MemoryAttentionLayer(self.config)
+            for _ in range(self.config.memory_attention.num_layers)
+        ]
+        self.norm = LayerNorm(1e-5)
+
+    def __call__(self, features: Array, memory: MemoryTokens) -> Array:
+        """Features [1 or N, H, W, C] of a frame -> [N, H, W, C], conditioned on N memories."""
+        _, height, width, channels = features.shape
+        position = sine_2d(height, channels).reshape(1, height * width, channels)
+        x = features.reshape(-1, height * width, channels) + 0.1 * position
+        x = jnp.broadcast_to(x, (memory.values.shape[0], *x.shape[1:]))
+        for layer in self.layers:
+            x = layer(x, memory)
+        return self.norm(x).reshape(-1, height, width, channels)

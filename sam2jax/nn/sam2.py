@@ -1,0 +1,198 @@
+"""SAM 2: the boxes of the paper's figure, composed (official `sam2_base.py`).
+
+A module is a description; parameters are an argument. `model.apply({"params": params}, ...,
+method="encode_image")` runs one box. N objects share a frame's features; the leading axis of
+everything else is objects.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sam2jax.config import SAM2Config
+from sam2jax.nn.image_encoder import ImageEncoder
+from sam2jax.nn.layers import MLP, Conv, Linear, embedding_init
+from sam2jax.nn.mask_decoder import MaskDecoder
+from sam2jax.nn.memory_attention import MemoryAttention, MemoryTokens
+from sam2jax.nn.memory_encoder import MemoryEncoder
+from sam2jax.nn.prompt_encoder import PromptEncoder
+from sam2jax.ops.position import sine_1d, sine_2d
+from sam2jax.types import Array, ImageFeatures, MaskCandidates, MemoryRead
+
+
+class SAM2(nn.Module):
+    """A SAM 2 model without parameters: hashable, immutable, fit to be a static argument."""
+
+    config: SAM2Config
+
+    def setup(self) -> None:
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        width = config.hidden_dim
+        self.image_encoder = ImageEncoder(config)
+        self.sam_prompt_encoder = PromptEncoder(config)
+        self.sam_mask_decoder = MaskDecoder(config)
+        self.memory_encoder = MemoryEncoder(config)
+        self.memory_attention = MemoryAttention(config)
+        self.mask_downsample = Conv(1, 4, stride=4, padding=0, dtype=dtype)
+        self.obj_ptr_proj = MLP((width, width, width), dtype)
+        self.maskmem_tpos_enc = self.param(
+            "maskmem_tpos_enc", embedding_init, (config.num_maskmem, config.mem_dim)
+        )
+        self.no_mem_embed = self.param("no_mem_embed", embedding_init, (width,))
+        # Part of every official checkpoint, read by no forward pass.
+        self.no_mem_pos_enc = self.param("no_mem_pos_enc", embedding_init, (width,))
+        self.no_obj_ptr = self.param("no_obj_ptr", embedding_init, (width,))
+        if config.no_obj_embed_spatial:
+            self.no_obj_embed_spatial = self.param(
+                "no_obj_embed_spatial", embedding_init, (config.mem_dim,)
+            )
+        if config.add_tpos_enc_to_obj_ptrs:
+            self.obj_ptr_tpos_proj = Linear(config.mem_dim, dtype)
+
+    def encode_image(self, images: Array) -> ImageFeatures:
+        """Normalised frames [B, S, S, 3] -> features, all that later stages see of them."""
+        stride4, stride8, stride16 = self.image_encoder(images)
+        high_res = self.sam_mask_decoder.project_high_res(stride4, stride8)
+        return ImageFeatures(*high_res, features=stride16)
+
+    def without_memory(self, features: Array) -> Array:
+        """What the decoder sees of a frame that is answered without memory: [B, H, W, C]."""
+        return features + self.no_mem_embed.reshape(1, 1, 1, -1)
+
+    def condition_on_memory(self, features: Array, memory: MemoryRead) -> Array:
+        """A frame's features [1, H, W, C], conditioned on N objects' memories: [N, H, W, C].
+
+        `memory` has a leading [N]; every object needs at least one valid spatial memory, and what
+        comes out for one that has none means nothing.
+        """
+        config = self.config
+        spatial_position = (
+            sine_2d(config.feature_size, config.mem_dim).reshape(1, 1, -1, config.mem_dim)
+            + self.maskmem_tpos_enc[memory.spatial_tpos][:, :, None]
+        )
+        count, slots, width = memory.pointers.shape
+        pieces = config.pointer_tokens
+        pointers = memory.pointers.reshape(count, slots * pieces, config.mem_dim)
+        pointer_position = jnp.zeros_like(pointers)
+        if config.add_tpos_enc_to_obj_ptrs:
+            encoded = self.obj_ptr_tpos_proj(sine_1d(memory.pointer_position, width))
+            pointer_position = jnp.repeat(encoded, pieces, axis=1)
+        tokens = MemoryTokens.make(
+            memory.spatial,
+            spatial_position,
+            memory.num_spatial,
+            pointers,
+            pointer_position,
+            memory.num_pointers * pieces,
+        )
+        return self.memory_attention(features, tokens)
+
+    def decode_masks(
+        self,
+        features: Array,
+        high_res: tuple[Array, Array],
+        points: Array,
+        labels: Array,
+        num_points: Array,
+        mask: Array | None = None,
+        has_mask: Array | None = None,
+    ) -> MaskCandidates:
+        """Prompted features -> mask candidates.
+
+        Args:
+          features: [N, H, W, C], conditioned on memory or not.
+          high_res: the frame's `high_res_s0` and `high_res_s1`, leading axis 1 or N.
+          points: [N, P, 2] as (x, y) in pixels of the S x S image.
+          labels: [N, P] int32 in {-1, 0, 1, 2, 3}.
+          num_points: [N] int32; entries past it are padding.
+          mask: [N, S/4, S/4] mask prompt as logits, of the objects marked in `has_mask` [N] bool.
+
+        The official code adds a "not a point" token behind the points, and gives a frame without
+        points another one in their place; so do we.
+        """
+        index = jnp.arange(labels.shape[1], dtype=jnp.int32)[None]
+        labels = jnp.where((index == 0) & (num_points == 0)[:, None], -1, labels)
+        real = index < jnp.maximum(num_points, 1)[:, None]
+        points = jnp.pad(points, ((0, 0), (0, 1), (0, 0)))
+        labels = jnp.pad(labels, ((0, 0), (0, 1)), constant_values=-1)
+        real = jnp.pad(real, ((0, 0), (0, 1)), constant_values=True)
+        tokens, dense = self.sam_prompt_encoder(points, labels, mask, has_mask)
+        image_pe = self.sam_prompt_encoder.dense_position()
+        return self.sam_mask_decoder(features, high_res, image_pe, tokens, real, dense)
+
+    def downsample_mask(self, mask: Array) -> Array:
+        """A mask prompt [N, S, S] as the decoder takes it: [N, S/4, S/4] logits, learned."""
+        return self.mask_downsample(mask[..., None])[..., 0]
+
+    def object_pointer(self, token: Array, present: Array) -> Array:
+        """A mask's output token [N, C] -> object pointer [N, C] float32."""
+        return self.absent_pointer(self.obj_ptr_proj(token).astype(jnp.float32), present)
+
+    def absent_pointer(self, pointer: Array, present: Array) -> Array:
+        """Puts the learned pointer of absence where `present` [N] is false."""
+        return jnp.where(present[:, None], pointer, self.no_obj_ptr[None])
+
+    def encode_memory(self, features: Array, mask_weights: Array, object_score: Array) -> Array:
+        """A frame and its masks -> spatial memories.
+
+        Args:
+          features: [1, H, W, C], not conditioned.
+          mask_weights: [N, S, S], between -10 and 10.
+          object_score: [N] logits; SAM 2.1 marks the memory of an absent object.
+
+        Returns:
+          [N, HW, D] bfloat16, which the official tracker stores even in float32.
+        """
+        config = self.config
+        memory = self.memory_encoder(features, mask_weights).astype(jnp.float32)
+        if config.no_obj_embed_spatial:
+            absent = (object_score <= 0)[:, None, None, None]
+            memory = memory + absent * self.no_obj_embed_spatial.reshape(1, 1, 1, -1)
+        memory = memory.reshape(memory.shape[0], -1, config.mem_dim)
+        return memory.astype(jnp.bfloat16)
+
+    def __call__(self, images: Array) -> Array:
+        """Touches every parameter; only for `init`."""
+        config = self.config
+        frame = self.encode_image(images)
+        cells = config.feature_size**2
+        one = jnp.ones(1, jnp.int32)
+        memory = MemoryRead(
+            spatial=jnp.zeros((1, 1, cells, config.mem_dim), jnp.bfloat16),
+            spatial_tpos=jnp.zeros((1, 1), jnp.int32),
+            spatial_frame=jnp.zeros((1, 1), jnp.int32),
+            num_spatial=one,
+            pointers=jnp.zeros((1, 1, config.hidden_dim)),
+            pointer_position=jnp.zeros((1, 1)),
+            pointer_frame=jnp.zeros((1, 1), jnp.int32),
+            num_pointers=one,
+        )
+        conditioned = self.condition_on_memory(self.without_memory(frame.features), memory)
+        mask = jnp.zeros((1, config.image_size, config.image_size))
+        candidates = self.decode_masks(
+            conditioned,
+            (frame.high_res_s0, frame.high_res_s1),
+            jnp.zeros((1, 1, 2)),
+            jnp.zeros((1, 1), jnp.int32),
+            one,
+            self.downsample_mask(mask),
+            jnp.ones(1, bool),
+        )
+        pointer = self.object_pointer(candidates.tokens[:, 0], candidates.object_score > 0)
+        self.encode_memory(frame.features, mask, candidates.object_score)
+        return pointer
+
+
+def param_shapes(config: SAM2Config) -> Any:
+    """The parameter tree of a model as nested dicts of `jax.ShapeDtypeStruct`."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def init_params(config: SAM2Config, key: Array) -> Any:
+    """Random parameters, as a plain nested dict of float32 arrays."""
+    images = jnp.zeros((1, config.image_size, config.image_size, 3))
+    return SAM2(config).init(key, images)["params"]

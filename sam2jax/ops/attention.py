@@ -1,0 +1,146 @@
+"""Scaled dot-product attention: one function for every attention of the model.
+
+Small problems are written out. Large ones run over blocks of keys with an online softmax
+(FlashAttention, arXiv 2205.14135), which keeps the weights out of memory and stops at the number
+of valid keys. Values may be narrower than keys.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sam2jax.ops.linear import einsum
+from sam2jax.types import Array
+
+BLOCK = 1024  # keys at a time
+BLOCKWISE_FROM = 2**22  # weights per query set from which they are not written out
+MASKED = -1e30  # finite, so that a fully masked block stays free of NaN
+
+
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    length: Array | None = None,
+    mask: Array | None = None,
+) -> Array:
+    """Attends with `softmax(query key^T / sqrt(d)) value`.
+
+    Args:
+      query: [B, T, d]; heads, windows and objects are all folded into B.
+      key: [B, K, d].
+      value: [B, K, e].
+      length: [B] int32, how many keys are valid, from the front; None: all.
+      mask: [B, K] bool, which keys are valid, for small problems only.
+
+    Returns:
+      [B, T, e] in the dtype of `value`. Without a valid key: zeros for large problems, the mean
+      of `value` for small ones; callers gate that case.
+    """
+    query = (query * query.shape[-1] ** -0.5).astype(key.dtype)
+    if query.shape[1] * key.shape[1] >= BLOCKWISE_FROM:
+        if mask is not None:
+            raise ValueError("mask is for small problems; give a length instead.")
+        if length is None:
+            length = jnp.full(query.shape[:1], key.shape[1], jnp.int32)
+        return _blockwise(query, key, value, length)
+    scores = einsum("btd,bkd->btk", query, key)
+    if length is not None:
+        mask = jnp.arange(key.shape[1], dtype=jnp.int32)[None] < length[:, None]
+    if mask is not None:
+        scores = jnp.where(mask[:, None, :], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return einsum("btk,bke->bte", weights, value).astype(value.dtype)
+
+
+def _num_blocks(length: Array, num_keys: int) -> Array:
+    block = min(BLOCK, num_keys)
+    return (jnp.max(length) + block - 1) // block
+
+
+def _block(index: Array, num_keys: int, length: Array) -> tuple[Array, Array]:
+    """Start of a block and which of its keys count: [B, 1, block]. The last one overlaps its
+    neighbour rather than reach past the end, and leaves the overlap to it."""
+    block = min(BLOCK, num_keys)
+    start = jnp.minimum(index * block, num_keys - block)
+    position = start + jnp.arange(block, dtype=jnp.int32)
+    valid = (position >= index * block)[None] & (position[None] < length[:, None])
+    return start, valid[:, None, :]
+
+
+def _take(x: Array, start: Array) -> Array:
+    return lax.dynamic_slice_in_dim(x, start, min(BLOCK, x.shape[1]), axis=1)
+
+
+@jax.custom_vjp
+def _blockwise(query: Array, key: Array, value: Array, length: Array) -> Array:
+    return _blockwise_forward(query, key, value, length)[0]
+
+
+def _blockwise_forward(query: Array, key: Array, value: Array, length: Array):
+    num_keys = key.shape[1]
+
+    def body(index: Array, carry):
+        total, row_max, row_sum = carry
+        start, valid = _block(index, num_keys, length)
+        scores = einsum("btd,bkd->btk", query, _take(key, start))
+        scores = jnp.where(valid, scores, MASKED)
+        new_max = jnp.maximum(row_max, jnp.max(scores, axis=-1))
+        weights = jnp.exp(scores - new_max[..., None])
+        weights = jnp.where(valid, weights, 0.0)
+        shrink = jnp.exp(row_max - new_max)
+        row_sum = row_sum * shrink + jnp.sum(weights, axis=-1)
+        part = einsum("btk,bke->bte", weights.astype(value.dtype), _take(value, start))
+        return total * shrink[..., None] + part, new_max, row_sum
+
+    rows = query.shape[:2]
+    carry = (
+        jnp.zeros((*rows, value.shape[-1]), jnp.float32),
+        jnp.full(rows, MASKED, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+    )
+    total, row_max, row_sum = lax.fori_loop(0, _num_blocks(length, num_keys), body, carry)
+    row_sum = jnp.maximum(row_sum, jnp.finfo(jnp.float32).tiny)
+    out = (total / row_sum[..., None]).astype(value.dtype)
+    return out, (query, key, value, length, out, row_max + jnp.log(row_sum))
+
+
+def _blockwise_backward(residuals, grad: Array):
+    query, key, value, length, out, log_sum = residuals
+    num_keys = key.shape[1]
+    delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+
+    def add(into: Array, part: Array, start: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(into, _take(into, start) + part, start, axis=1)
+
+    def body(index: Array, carry):
+        d_query, d_key, d_value = carry
+        start, valid = _block(index, num_keys, length)
+        keys, values = _take(key, start), _take(value, start)
+        scores = einsum("btd,bkd->btk", query, keys)
+        weights = jnp.where(valid, jnp.exp(scores - log_sum[..., None]), 0.0)
+        d_weights = einsum("bte,bke->btk", grad, values)
+        d_scores = (weights * (d_weights - delta[..., None])).astype(key.dtype)
+        d_query = d_query + einsum("btk,bkd->btd", d_scores, keys)
+        d_key = add(d_key, einsum("btk,btd->bkd", d_scores, query), start)
+        part = einsum("btk,bte->bke", weights.astype(grad.dtype), grad)
+        return d_query, d_key, add(d_value, part, start)
+
+    zeros = functools.partial(jnp.zeros_like, dtype=jnp.float32)
+    d_query, d_key, d_value = lax.fori_loop(
+        0, _num_blocks(length, num_keys), body, (zeros(query), zeros(key), zeros(value))
+    )
+    return (
+        d_query.astype(query.dtype),
+        d_key.astype(key.dtype),
+        d_value.astype(value.dtype),
+        None,
+    )
+
+
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)

@@ -1,0 +1,70 @@
+"""Mask arithmetic: logits in, logits out."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from sam2jax.types import Array
+
+HOLE_SCORE = 0.1  # what a filled hole's logit becomes (official `fill_holes_in_mask_scores`)
+
+
+def stability_score(masks: Array, delta: float) -> Array:
+    """IoU of a mask cut at +delta and at -delta: [..., H, W] -> [...]; 1 where both are empty."""
+    inner = jnp.sum(masks > delta, axis=(-2, -1)).astype(jnp.float32)
+    outer = jnp.sum(masks > -delta, axis=(-2, -1)).astype(jnp.float32)
+    return jnp.where(outer > 0, inner / jnp.maximum(outer, 1.0), 1.0)
+
+
+def fill_holes(masks: Array, max_area: int) -> Array:
+    """Turns background regions of at most `max_area` pixels into foreground: [N, H, W].
+
+    Regions are 8-connected, as in the official CUDA extension, which this replaces.
+    """
+    holes = jax.vmap(lambda mask: small_regions(mask, max_area))(masks <= 0)
+    return jnp.where(holes, HOLE_SCORE, masks)
+
+
+def small_regions(region: Array, max_area: int) -> Array:
+    """Marks the 8-connected components of at most `max_area` pixels: [H, W] bool -> bool.
+
+    The largest pixel index floods its component one step at a time. After `max_area` steps every
+    component that small has one label; a larger one either has one too, and is counted, or still
+    shows two labels side by side, and is recognised by that.
+    """
+    height, width = region.shape
+    count = height * width
+    index = jnp.arange(1, count + 1, dtype=jnp.int32).reshape(height, width)
+    label = jnp.where(region, index, 0)
+    label = jax.lax.fori_loop(
+        0, max_area, lambda _, x: jnp.where(region, _neighbourhood_max(x), 0), label
+    )
+    spreading = region & (_neighbourhood_max(label) != label)
+    flat = label.reshape(-1)
+    area = jnp.zeros(count + 1, jnp.int32).at[flat].add(1)
+    # The lower of two labels side by side belongs to a component that is still being flooded.
+    unfinished = jnp.zeros(count + 1, bool).at[flat].max(spreading.reshape(-1))
+    small = (area <= max_area) & ~unfinished
+    return region & small[label]
+
+
+def _neighbourhood_max(x: Array) -> Array:
+    """Largest of the 3x3 pixels around each: [H, W]."""
+    for axis in (0, 1):
+        pad = [(0, 0), (0, 0)]
+        pad[axis] = (1, 1)
+        padded = jnp.pad(x, pad)
+        size = x.shape[axis]
+        parts = [jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(3)]
+        x = jnp.maximum(jnp.maximum(parts[0], parts[1]), parts[2])
+    return x
+
+
+def non_overlapping(masks: Array) -> Array:
+    """Leaves each pixel to the object that scores highest there: [N, H, W] logits.
+
+    The others are pushed to -10 or below (official `_apply_non_overlapping_constraints`).
+    """
+    winner = jnp.argmax(masks, axis=0)[None] == jnp.arange(masks.shape[0])[:, None, None]
+    return jnp.where(winner, masks, jnp.minimum(masks, -10.0))
