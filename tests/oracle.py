@@ -111,6 +111,10 @@ def build(config: SAM2Config, seed: int = 0, **options: Any) -> SAM2VideoPredict
 
     `options` are those of the official predictor (`non_overlap_masks` and so on).
     """
+    return prepare(construct(config, **options), seed)
+
+
+def construct(config: SAM2Config, **options: Any) -> SAM2VideoPredictor:
     with torch.random.fork_rng():
         model = SAM2VideoPredictor(
             image_encoder=_image_encoder(config),
@@ -119,23 +123,20 @@ def build(config: SAM2Config, seed: int = 0, **options: Any) -> SAM2VideoPredict
             **{**_model_options(config), **options},
         )
         _replace_sam_heads(model, config)
-    return prepare(model, seed)
+    return model
 
 
-def build_official(
-    config: SAM2Config, seed: int = 0, apply_postprocessing: bool = True
-) -> SAM2VideoPredictor:
+def construct_official(config: SAM2Config, apply_postprocessing: bool) -> SAM2VideoPredictor:
     """The same through the package's own builder and YAML files: named variants only."""
     version, size = config.name.split("_hiera_")
     letter = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}[size]
     with torch.random.fork_rng():
-        model = build_sam2_video_predictor(
+        return build_sam2_video_predictor(
             f"configs/{version}/{version}_hiera_{letter}.yaml",
             device="cpu",
             hydra_overrides_extra=[f"++model.image_size={config.image_size}"],
             apply_postprocessing=apply_postprocessing,
         )
-    return prepare(model, seed)
 
 
 def prepare(model: SAM2VideoPredictor, seed: int) -> SAM2VideoPredictor:
@@ -182,6 +183,7 @@ def _memory_attention(config: SAM2Config) -> MemoryAttention:
             embedding_dim=config.hidden_dim,
             num_heads=sizes.num_heads,
             downsample_rate=1,
+            dropout=0.1,
             **options,
         )
 
