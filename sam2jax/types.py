@@ -90,7 +90,9 @@ class Prompts:
     """
 
     points: Array  # [N, P, 2] float32
-    labels: Array  # [N, P] int32: 1 foreground, 0 background, 2 and 3 a box's corners, -1 not a point
+    labels: (
+        Array  # [N, P] int32: 1 foreground, 0 background, 2 and 3 a box's corners, -1 not a point
+    )
     num_points: Array  # [N] int32
     kind: Array  # [N] int32: NONE, CONDITIONING or REFINEMENT
     mask: Array | None = None  # [N, h, w] float32 in [0, 1]: a mask prompt, used as the answer
@@ -102,6 +104,83 @@ class Prompts:
     def num_objects(self) -> int:
         return self.labels.shape[-2]
 
+    @classmethod
+    def none(cls, num_objects: int, width: int = 1) -> Prompts:
+        """No prompt for any object: all are tracked."""
+        return cls(
+            points=jnp.zeros((num_objects, width, 2)),
+            labels=jnp.zeros((num_objects, width), jnp.int32),
+            num_points=jnp.zeros(num_objects, jnp.int32),
+            kind=jnp.full(num_objects, NONE, jnp.int32),
+        )
+
+    @classmethod
+    def make(
+        cls,
+        points: Sequence[ArrayLike | None] | None = None,
+        labels: Sequence[ArrayLike | None] | None = None,
+        boxes: Sequence[ArrayLike | None] | None = None,
+        masks: Sequence[ArrayLike | None] | None = None,
+        *,
+        logits: Sequence[ArrayLike | None] | None = None,
+        refine: bool = False,
+        width: int | None = None,
+    ) -> Prompts:
+        """Builds the prompts of one frame from lists with an entry per object (None: no prompt).
+
+        Args:
+          points: per object [P, 2] (x, y) in pixels of the frame given with the prompts.
+          labels: per object [P], 1 foreground, 0 background; ones where left out.
+          boxes: per object (x0, y0, x1, y1); becomes two points in front of the others.
+          masks: per object [h, w], bool or in [0, 1]; excludes points and a box.
+          logits: per object [S/4, S/4], an earlier answer on this frame to improve on.
+          refine: the frame has been tracked and is being corrected with memory; otherwise it
+            becomes a conditioning frame.
+          width: number of points to pad to; the next power of two where left out.
+
+        Raises:
+          ValueError: names the object and what is wrong with its prompt.
+        """
+        columns = {"points": points, "labels": labels, "boxes": boxes, "masks": masks}
+        lengths = {n: len(c) for n, c in {**columns, "logits": logits}.items() if c is not None}
+        if not lengths or len(set(lengths.values())) != 1 or 0 in lengths.values():
+            raise ValueError(
+                "Prompts need lists with one entry per object, all of one length, got "
+                f"{lengths or 'none'}; give None for an object without."
+            )
+        count = next(iter(lengths.values()))
+        rows = [
+            _point_rows(i, *(c[i] if c is not None else None for c in columns.values()))
+            for i in range(count)
+        ]
+        longest = max(max(len(row_labels) for _, row_labels in rows), 1)
+        width = 2 ** (longest - 1).bit_length() if width is None else width
+        if width < longest:
+            raise ValueError(f"width {width} is too small for {longest} points.")
+        point_array = np.zeros((count, width, 2), np.float32)
+        label_array = np.zeros((count, width), np.int32)
+        for i, (row_points, row_labels) in enumerate(rows):
+            point_array[i, : len(row_labels)] = row_points
+            label_array[i, : len(row_labels)] = row_labels
+        num_points = np.array([len(row_labels) for _, row_labels in rows], np.int32)
+        mask_array, has_mask = _stack_optional("masks", masks)
+        logit_array, has_logits = _stack_optional("logits", logits)
+        prompted = num_points > 0 if has_mask is None else (num_points > 0) | has_mask
+        kind = np.where(prompted, REFINEMENT if refine else CONDITIONING, NONE)
+        return jax.tree.map(
+            jnp.asarray,
+            cls(
+                points=point_array,
+                labels=label_array,
+                num_points=num_points,
+                kind=kind.astype(np.int32),
+                mask=mask_array,
+                has_mask=has_mask,
+                logits=logit_array,
+                has_logits=has_logits,
+            ),
+        )
+
 
 @struct.dataclass
 class ClipPrompts:
@@ -109,3 +188,86 @@ class ClipPrompts:
 
     frames: Array  # [K] int32 frame index, EMPTY for padding
     prompts: Prompts  # with a leading [K]
+
+    @classmethod
+    def make(cls, prompts: Mapping[int, Prompts]) -> ClipPrompts:
+        """Stacks the prompts of some frames, given by frame index, for the same objects."""
+        if not prompts:
+            raise ValueError("No prompts: give at least one frame's.")
+        rows = list(prompts.values())
+        if len({row.num_objects for row in rows}) != 1:
+            raise ValueError(
+                "All frames' prompts must be for the same number of objects, got "
+                f"{[row.num_objects for row in rows]}."
+            )
+        width = max(row.labels.shape[-1] for row in rows)
+        rows = [_widen(row, width) for row in rows]
+        for name, flag in (("mask", "has_mask"), ("logits", "has_logits")):
+            given = [getattr(row, name) for row in rows if getattr(row, name) is not None]
+            if not given:
+                continue
+            if len({array.shape for array in given}) != 1:
+                raise ValueError(
+                    f"All frames' {name} must have one size, got {[a.shape for a in given]}."
+                )
+            blank = {name: jnp.zeros_like(given[0]), flag: jnp.zeros(given[0].shape[0], bool)}
+            rows = [row if getattr(row, name) is not None else row.replace(**blank) for row in rows]
+        frames = jnp.asarray([int(frame) for frame in prompts], jnp.int32)
+        return cls(frames=frames, prompts=jax.tree.map(lambda *x: jnp.stack(x), *rows))
+
+
+def _widen(prompts: Prompts, width: int) -> Prompts:
+    extra = width - prompts.labels.shape[-1]
+    return prompts.replace(
+        points=jnp.pad(prompts.points, ((0, 0), (0, extra), (0, 0))),
+        labels=jnp.pad(prompts.labels, ((0, 0), (0, extra))),
+    )
+
+
+def _point_rows(index: int, points: Any, labels: Any, box: Any, mask: Any):
+    """One object's points and labels, a box's corners first: [P, 2], [P]."""
+    if labels is not None and points is None:
+        raise ValueError(f"Object {index} has labels but no points.")
+    if mask is not None and (points is not None or box is not None):
+        raise ValueError(f"Object {index} has both a mask and points or a box; give one of them.")
+    rows, kinds = np.zeros((0, 2), np.float32), np.zeros(0, np.int32)
+    if points is not None:
+        rows = np.asarray(points, np.float32)
+        if rows.ndim != 2 or rows.shape[1] != 2:
+            raise ValueError(f"Points of object {index} must be [P, 2] (x, y), got {rows.shape}.")
+        kinds = np.ones(len(rows), np.int32) if labels is None else np.asarray(labels)
+        if kinds.shape != (len(rows),):
+            raise ValueError(
+                f"Object {index} has {len(rows)} points, but labels of shape {kinds.shape}."
+            )
+        if not np.isin(kinds, (-1, 0, 1, 2, 3)).all():
+            raise ValueError(
+                f"Labels of object {index} must be 1 (foreground), 0 (background), 2 and 3 (box "
+                f"corners) or -1, got {sorted(set(kinds.tolist()))}."
+            )
+    if box is not None:
+        corners = np.asarray(box, np.float32)
+        if corners.size != 4:
+            raise ValueError(f"Box of object {index} must be (x0, y0, x1, y1), got {box!r}.")
+        rows = np.concatenate([corners.reshape(2, 2), rows])
+        kinds = np.concatenate([np.array([2, 3]), kinds])
+    if not np.isfinite(rows).all():
+        raise ValueError(
+            f"Prompt coordinates of object {index} must be finite, got {rows.tolist()}."
+        )
+    return rows, kinds.astype(np.int32)
+
+
+def _stack_optional(name: str, entries: Sequence[Any] | None):
+    """Stacks maps [h, w] of the objects that have one: [N, h, w] and which are real, or None."""
+    given = [None if e is None else np.asarray(e, np.float32) for e in entries or ()]
+    shapes = {e.shape for e in given if e is not None}
+    if not shapes:
+        return None, None
+    if len(shapes) != 1 or len(next(iter(shapes))) != 2 or 0 in next(iter(shapes)):
+        raise ValueError(f"{name} must all be [h, w] of one size, got {sorted(shapes)}.")
+    if not all(np.isfinite(e).all() for e in given if e is not None):
+        raise ValueError(f"{name} must be finite.")
+    blank = np.zeros(next(iter(shapes)), np.float32)
+    stacked = np.stack([blank if e is None else e for e in given])
+    return stacked, np.array([e is not None for e in given])

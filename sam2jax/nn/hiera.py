@@ -67,9 +67,7 @@ class MultiScaleBlock(nn.Module):
         else:
             x = attn(x)
         x = shortcut + x
-        mlp = MLP(
-            (self.mlp_ratio * self.features, self.features), self.dtype, gelu, name="mlp"
-        )
+        mlp = MLP((self.mlp_ratio * self.features, self.features), self.dtype, gelu, name="mlp")
         return x + mlp(LayerNorm(1e-6, name="norm2")(x))
 
 

@@ -60,7 +60,9 @@ class DepthwiseConv(nn.Module):
         size = self.kernel_size
         kernel = self.param(
             "kernel",
-            nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2),
+            nn.initializers.variance_scaling(
+                1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2
+            ),
             (size, size, x.shape[-1]),
         )
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))

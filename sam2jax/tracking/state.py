@@ -1,0 +1,66 @@
+"""What the tracker carries from one frame to the next."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from sam2jax.memory.bank import MemoryBank, empty
+from sam2jax.nn.sam2 import SAM2
+from sam2jax.types import Array
+
+
+@struct.dataclass
+class TrackState:
+    """An immutable value; its size depends on the model and the number of objects alone."""
+
+    bank: MemoryBank  # every field with a leading [N]
+    frame_index: Array  # [] int32, the frame to be processed next
+    num_frames: Array  # [] int32, length of the clip (16 for a stream)
+
+    @property
+    def num_objects(self) -> int:
+        return self.bank.cond_frame.shape[0]
+
+    @property
+    def max_cond_frames(self) -> int:
+        return self.bank.cond_frame.shape[1]
+
+
+def init_state(
+    model: SAM2,
+    num_objects: int,
+    num_frames: int | None = None,
+    max_cond_frames: int = 4,
+    frame_index: int = 0,
+) -> TrackState:
+    """A tracker that has seen nothing.
+
+    Args:
+      model: from `load`.
+      num_objects: N, tracked at once.
+      num_frames: length of the clip. The official tracker divides pointer distances by
+        `min(num_frames, 16) - 1`; None (a stream of unknown length) stands for 16 or more.
+      max_cond_frames: prompted frames that are kept. With as many as that, answers equal the
+        official ones; of more, the one furthest in time gives way.
+      frame_index: of the first frame to be processed.
+
+    Raises:
+      ValueError: a number is out of range.
+    """
+    if num_objects < 1 or max_cond_frames < 1:
+        raise ValueError(
+            "num_objects and max_cond_frames must be at least 1, got "
+            f"{num_objects} and {max_cond_frames}."
+        )
+    if num_frames is not None and num_frames < 1:
+        raise ValueError(f"num_frames must be at least 1, or None for a stream, got {num_frames}.")
+    bank = empty(model.config, max_cond_frames)
+    return TrackState(
+        bank=jax.tree.map(lambda x: jnp.broadcast_to(x, (num_objects, *x.shape)), bank),
+        frame_index=jnp.asarray(frame_index, jnp.int32),
+        num_frames=jnp.asarray(
+            model.config.max_obj_ptrs_in_encoder if num_frames is None else num_frames, jnp.int32
+        ),
+    )

@@ -1,0 +1,340 @@
+"""One frame, from pixels to masks and memory. The only place where a frame is processed."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from sam2jax import memory as bank_ops
+from sam2jax.config import SAM2Config
+from sam2jax.nn.sam2 import SAM2
+from sam2jax.ops.masks import fill_holes, stability_score
+from sam2jax.ops.resize import preprocess_image, resize_bilinear, resize_masks
+from sam2jax.tracking.checks import check_frame, check_prompts, check_state
+from sam2jax.tracking.state import TrackState
+from sam2jax.types import (
+    CONDITIONING,
+    NO_OBJ_SCORE,
+    NONE,
+    Array,
+    FrameMemory,
+    FrameOutput,
+    ImageFeatures,
+    MaskCandidates,
+    MemoryRead,
+    Prompts,
+)
+
+# A mask prompt is answered as it is, with these logits (official `_use_mask_as_output`).
+MASK_SCALE, MASK_BIAS = 20.0, -10.0
+# What the memory encoder is given of a mask: the same range.
+MEMORY_SCALE, MEMORY_BIAS = 20.0, -10.0
+MAX_FED_BACK_LOGIT = 32.0
+
+
+@struct.dataclass
+class Answer:
+    """The decoder's choice for N objects."""
+
+    masks: Array  # [N, S/4, S/4] float32
+    iou: Array  # [N]
+    object_score: Array  # [N]
+    pointer: Array  # [N, C]
+
+
+def step(
+    model: SAM2,
+    params: Any,
+    state: TrackState,
+    frame: Array,
+    prompts: Prompts | None = None,
+    *,
+    reverse: bool = False,
+) -> tuple[TrackState, FrameOutput]:
+    """Answers one frame and remembers it.
+
+    Pure; it is compiled once per shape when called directly, and composes with `jit`, `vmap`,
+    `grad` and `scan`.
+
+    Args:
+      model: static description, from `load`.
+      params: its parameters.
+      state: from `init_state` or an earlier step.
+      frame: uint8 [H, W, 3] RGB, or float [S, S, 3] resized and normalised.
+      prompts: on this frame; None: track.
+      reverse: the next frame is the one before this.
+
+    Returns:
+      The state for the next frame, and the masks on this one.
+
+    Raises:
+      ValueError, TypeError: shapes or dtypes do not fit.
+    """
+    check_state(model.config, state)
+    check_frame(model.config, frame)
+    if prompts is not None:
+        check_prompts(model.config, prompts, state.num_objects)
+    return _step(model, params, state, frame, prompts, reverse=reverse)
+
+
+def condition(
+    model: SAM2,
+    params: Any,
+    state: TrackState,
+    frame: Array,
+    prompts: Prompts,
+    frame_index: int | Array,
+) -> TrackState:
+    """Remembers a prompted frame out of turn, typically one that lies ahead.
+
+    The official predictor encodes all prompted frames before it tracks; the frames tracked after
+    this see it, wherever it lies. When its turn comes, `step` is given the same prompts again.
+
+    Args:
+      model, params, state, frame: as in `step`.
+      prompts: of kind CONDITIONING; objects without are left as they are.
+      frame_index: of `frame`.
+
+    Returns:
+      The state with the frame in its banks; the frame to be processed next is the same.
+    """
+    check_state(model.config, state)
+    check_frame(model.config, frame)
+    check_prompts(model.config, prompts, state.num_objects)
+    return _condition(model, params, state, frame, prompts, jnp.asarray(frame_index, jnp.int32))
+
+
+@partial(jax.jit, static_argnames=("model", "reverse"))
+def _step(model, params, state, frame, prompts, *, reverse):
+    state, output, _ = process_frame(model, params, state, frame, prompts, reverse=reverse)
+    return state, output
+
+
+@partial(jax.jit, static_argnames="model")
+def _condition(model, params, state, frame, prompts, frame_index):
+    return encode_ahead(model, params, state, frame, prompts, frame_index)[0]
+
+
+def process_frame(
+    model: SAM2,
+    params: Any,
+    state: TrackState,
+    frame: Array,
+    prompts: Prompts | None,
+    *,
+    reverse: bool,
+) -> tuple[TrackState, FrameOutput, FrameMemory]:
+    """`step`, which also returns what the frame leaves behind, for callers that keep history."""
+    direction = jnp.int32(-1 if reverse else 1)
+    if prompts is None:
+        prompts = Prompts.none(state.num_objects)
+    output, memory = _answer_frame(model, params, state, frame, prompts, direction)
+    prompted = prompts.kind == CONDITIONING
+    bank = _write(model.config, state, memory, direction, prompted, state.bank.has_memory)
+    state = state.replace(bank=bank, frame_index=state.frame_index + direction)
+    return state, output, memory
+
+
+def encode_ahead(
+    model: SAM2, params: Any, state: TrackState, frame: Array, prompts: Prompts, frame_index: Array
+) -> tuple[TrackState, FrameOutput, FrameMemory]:
+    """`condition`, which also returns the answer and what the frame leaves behind."""
+    at_frame = state.replace(frame_index=frame_index)
+    prompted = prompts.kind == CONDITIONING
+    prompts = prompts.replace(kind=jnp.where(prompted, CONDITIONING, NONE))
+    # Nothing but new conditioning frames: no memory is read.
+    forgetful = at_frame.replace(
+        bank=at_frame.bank.replace(cond_frame=jnp.full_like(at_frame.bank.cond_frame, -1))
+    )
+    output, memory = _answer_frame(model, params, forgetful, frame, prompts, jnp.int32(1))
+    never = jnp.zeros_like(prompted)
+    bank = _write(model.config, at_frame, memory, jnp.int32(1), prompted, never)
+    return state.replace(bank=bank), output, memory
+
+
+def _answer_frame(model, params, state, frame, prompts, direction):
+    """A frame's answer and memory, object by object, as if each were to be written."""
+    config = model.config
+    height, width = frame.shape[:2]
+    images = preprocess_image(frame[None], config.image_size)
+    scale = _point_scale(config, height, width)
+    prompts = prompts.replace(points=prompts.points * scale)
+
+    def run(method: str, *args):
+        return model.apply({"params": params}, *args, method=method)
+
+    features: ImageFeatures = run("encode_image", images)
+    memory_read = jax.vmap(bank_ops.read, in_axes=(None, 0, None, None, None))(
+        config, state.bank, state.frame_index, direction, state.num_frames
+    )
+    mask = None
+    if prompts.mask is not None:
+        mask = _fit_mask_prompt(prompts.mask, config.image_size)
+    conditioned = _condition_features(run, state, features, memory_read, prompts)
+    candidates = _decode(run, features, conditioned, prompts, mask)
+    answer = _choose(run, config, candidates, prompts)
+    if mask is not None:
+        answer = _answer_with_mask(run, answer, mask, prompts.has_mask)
+
+    shown = (
+        fill_holes(answer.masks, config.fill_hole_area) if config.fill_hole_area else answer.masks
+    )
+    weights = _memory_weights(config, answer.masks, shown, prompts)
+    known = state.bank.has_memory | (prompts.kind != NONE)
+    output = FrameOutput(
+        masks=jnp.where(known[:, None, None], shown, NO_OBJ_SCORE),
+        iou=jnp.where(known, answer.iou, 0.0),
+        object_score=jnp.where(known, answer.object_score, NO_OBJ_SCORE),
+        memory_frames=memory_read.spatial_frame,
+        pointer_frames=memory_read.pointer_frame,
+    )
+    memory = FrameMemory(
+        frame=jnp.broadcast_to(state.frame_index, known.shape),
+        spatial=run("encode_memory", features.features, weights, answer.object_score),
+        pointer=answer.pointer,
+        iou=answer.iou,
+        object_score=answer.object_score,
+    )
+    return output, memory
+
+
+def _point_scale(config: SAM2Config, height: int, width: int) -> Array:
+    """From pixels of the frame given to pixels of the model's image: [1, 1, 2]."""
+    size = config.image_size
+    return jnp.asarray([size / width, size / height], jnp.float32).reshape(1, 1, 2)
+
+
+def _fit_mask_prompt(mask: Array, size: int) -> Array:
+    """A mask prompt at the model's size, 0 or 1: [N, S, S]. One of that size is taken as it is."""
+    if mask.shape[-2:] == (size, size):
+        return mask.astype(jnp.float32)
+    resized = resize_bilinear(mask[..., None], size, size, antialias=True)[..., 0]
+    return (resized >= 0.5).astype(jnp.float32)
+
+
+def _condition_features(run, state, features, memory_read: MemoryRead, prompts: Prompts) -> Array:
+    """What the decoder sees of the frame, per object: [N, H, W, C].
+
+    A new conditioning frame is answered without memory, all others with it. A mask prompt is
+    turned into a pointer from the bare features.
+    """
+    plain = run("without_memory", features.features)
+    shape = (state.num_objects, *plain.shape[1:])
+    tracked = (prompts.kind != CONDITIONING) & state.bank.has_memory
+    if prompts.has_mask is not None:
+        tracked = tracked & ~prompts.has_mask
+    conditioned = jax.lax.cond(
+        jnp.any(tracked),
+        lambda: run("condition_on_memory", features.features, memory_read),
+        lambda: jnp.broadcast_to(plain, shape),
+    )
+
+    def pick(which: Array, one: Array, other: Array) -> Array:
+        return jnp.where(which[:, None, None, None], one, other)
+
+    conditioned = pick(tracked, conditioned, plain)
+    if prompts.has_mask is not None:
+        conditioned = pick(prompts.has_mask, features.features, conditioned)
+    return conditioned
+
+
+def _decode(run, features, conditioned, prompts: Prompts, mask: Array | None) -> MaskCandidates:
+    """Runs the decoder once for all objects, whatever their prompts are."""
+    dense, has_dense, num_points = None, None, prompts.num_points
+    if prompts.logits is not None:
+        dense = jnp.clip(prompts.logits, -MAX_FED_BACK_LOGIT, MAX_FED_BACK_LOGIT)
+        has_dense = prompts.has_logits
+    if mask is not None:
+        downsampled = run("downsample_mask", mask)
+        if dense is None:
+            dense, has_dense = downsampled, prompts.has_mask
+        else:
+            dense = jnp.where(prompts.has_mask[:, None, None], downsampled, dense)
+            has_dense = has_dense | prompts.has_mask
+        num_points = jnp.where(prompts.has_mask, 0, num_points)
+    high_res = (features.high_res_s0, features.high_res_s1)
+    return run(
+        "decode_masks",
+        conditioned,
+        high_res,
+        prompts.points,
+        prompts.labels,
+        num_points,
+        dense,
+        has_dense,
+    )
+
+
+def _choose(run, config: SAM2Config, candidates: MaskCandidates, prompts: Prompts) -> Answer:
+    """Takes one mask per object (official `_forward_sam_heads` and `MaskDecoder.forward`).
+
+    With at most one click the best of the alternatives, and its token; otherwise the single mask,
+    or the best alternative where that is unstable, with the single mask's token either way.
+    """
+    best = jnp.argmax(candidates.ious[:, 1:], axis=-1) + 1
+    points = prompts.num_points
+    multimask = (points >= config.multimask_min_pt_num) & (points <= config.multimask_max_pt_num)
+    if prompts.has_mask is not None:
+        multimask = multimask & ~prompts.has_mask
+    alternative = multimask
+    if config.dynamic_multimask_via_stability:
+        delta = config.dynamic_multimask_stability_delta
+        stability = stability_score(candidates.masks[:, 0], delta)
+        unstable = stability < config.dynamic_multimask_stability_thresh
+        alternative = alternative | unstable
+    mask_index = jnp.where(alternative, best, 0)
+    token_index = jnp.where(multimask, best, 0)
+
+    present = candidates.object_score > 0
+    masks = jnp.take_along_axis(candidates.masks, mask_index[:, None, None, None], axis=1)[:, 0]
+    token = jnp.take_along_axis(candidates.tokens, token_index[:, None, None], axis=1)[:, 0]
+    return Answer(
+        masks=jnp.where(present[:, None, None], masks, NO_OBJ_SCORE),
+        iou=jnp.take_along_axis(candidates.ious, mask_index[:, None], axis=1)[:, 0],
+        object_score=candidates.object_score,
+        pointer=run("object_pointer", token, present),
+    )
+
+
+def _answer_with_mask(run, answer: Answer, mask: Array, has_mask: Array) -> Answer:
+    """Puts mask prompts in the place of what was decoded (official `_use_mask_as_output`)."""
+    size = answer.masks.shape[-1]
+    logits = mask * MASK_SCALE + MASK_BIAS
+    low_res = resize_bilinear(logits[..., None], size, size, antialias=True)[..., 0]
+    present = jnp.any(mask > 0, axis=(1, 2))
+    score = jnp.where(present, MASK_SCALE + MASK_BIAS, MASK_BIAS)
+    pointer = run("absent_pointer", answer.pointer, present)
+    return Answer(
+        masks=jnp.where(has_mask[:, None, None], low_res, answer.masks),
+        iou=jnp.where(has_mask, 1.0, answer.iou),
+        object_score=jnp.where(has_mask, score, answer.object_score),
+        pointer=jnp.where(has_mask[:, None], pointer, answer.pointer),
+    )
+
+
+def _memory_weights(config: SAM2Config, masks: Array, shown: Array, prompts: Prompts) -> Array:
+    """What the memory encoder is given of the masks: [N, S, S] from -10 to 10.
+
+    A tracked frame's mask goes in as it was decoded; a prompted one's as the user saw it, with
+    its holes filled and, with the official post-processing, cut at zero.
+    """
+    size = config.image_size
+    prompted = (prompts.kind != NONE)[:, None, None]
+    high_res = resize_masks(jnp.where(prompted, shown, masks), (size, size))
+    weights = jax.nn.sigmoid(high_res)
+    if config.binarize_mask_from_pts_for_mem_enc:
+        weights = jnp.where(prompted, (high_res > 0).astype(jnp.float32), weights)
+    return weights * MEMORY_SCALE + MEMORY_BIAS
+
+
+def _write(config, state, memory, direction, conditioning, recent):
+    write = partial(bank_ops.write, config)
+
+    def one(bank, frame_memory, conditioning, recent):
+        return write(bank, frame_memory, direction, conditioning=conditioning, recent=recent)
+
+    return jax.vmap(one)(state.bank, memory, conditioning, recent)
