@@ -1,0 +1,178 @@
+"""Reading a checkpoint from any source, and writing it in any format."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from sam2jax.config import VARIANTS, SAM2Config
+from sam2jax.convert import huggingface, torch_file
+from sam2jax.convert.layouts import (
+    Layout,
+    check,
+    from_params,
+    identify,
+    is_images_only,
+    layout_of,
+    to_params,
+)
+from sam2jax.convert.rules import shorten
+from sam2jax.io import checkpoints, hub
+from sam2jax.io.files import PathLike, atomic_dir, atomic_path
+
+Format = Literal["orbax", "safetensors", "official", "huggingface"]
+
+_HF_WEIGHTS = "model.safetensors"  # beside config.json, as `transformers` names it
+_FILES = {".pt": "official", ".pth": "official", ".safetensors": "safetensors"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose tensors are exactly those of a model."""
+
+    name: str  # of its file or folder, for messages
+    config: SAM2Config
+    layout: Layout
+    tensors: Mapping[str, np.ndarray]  # named and shaped as the source has them; may be views
+
+    @property
+    def images_only(self) -> bool:
+        return is_images_only(self.tensors, self.layout)
+
+    def params(self) -> dict[str, np.ndarray]:
+        """Its parameters as a flat dict, `a/b/c`: new float32 arrays."""
+        return {
+            name: np.array(value, np.float32, order="C")
+            for name, value in to_params(self.tensors, self.layout).items()
+        }
+
+
+def read(source: PathLike) -> Checkpoint:
+    """Reads an official `.pt`, a Hugging Face file, folder or hub id, or what sam2jax saved.
+
+    What a file is, is seen in its content; which model, in its names and shapes.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+        ValueError: it is no checkpoint of SAM 2, or not a whole one.
+    """
+    path = _locate(source)
+    if path.is_dir():
+        tensors, config = checkpoints.load_orbax(path)
+    elif checkpoints.is_safetensors(path):
+        tensors, config = checkpoints.load_safetensors(path)
+    elif torch_file.is_torch_file(path):
+        tensors, config = _read_torch(path)
+    else:
+        what = "neither a .pt file nor a safetensors file" if path.stat().st_size else "empty"
+        raise ValueError(f"{path.name} is {what}: no checkpoint; download or copy it again.")
+    layout = layout_of(tensors, path.name)
+    if layout == "huggingface":
+        tensors = huggingface.complete(tensors)
+    config = config or identify(tensors, layout)
+    check(tensors, config, layout, path.name)
+    return Checkpoint(path.name, config, layout, tensors)
+
+
+def write(
+    dest: PathLike, params: Mapping[str, np.ndarray], config: SAM2Config, to: Format | None = None
+) -> Format:
+    """Writes a flat dict of parameters; what was at `dest` stays until the whole is written.
+
+    Args:
+        dest: a file for `safetensors` and `official`, a folder for `orbax` and `huggingface`.
+        params: float32 arrays by path, exactly those of the model.
+        config: the model.
+        to: the format; by default the one that the suffix of `dest` names, else `orbax`.
+
+    Returns:
+        The format.
+
+    Raises:
+        ValueError: the parameters are not those of the model, or `dest` cannot hold the format.
+    """
+    to = format_for(dest, to)
+    check(params, config, "sam2jax", "what is to be saved")
+    images_only = is_images_only(params, "sam2jax")
+    match to:
+        case "orbax":
+            checkpoints.save_orbax(dest, params, config)
+        case "safetensors":
+            checkpoints.save_safetensors(dest, params, config)
+        case "official":
+            if images_only:
+                raise ValueError(
+                    "an official checkpoint has the memory's parameters, and these are for images "
+                    "only; use the format huggingface, safetensors or orbax."
+                )
+            header = checkpoints.header(config)  # the official loader reads "model" alone
+            with atomic_path(dest) as temporary:
+                state = {"model": from_params(params, to), checkpoints.HEADER: header}
+                torch_file.save_torch(temporary, state)
+        case "huggingface":
+            with atomic_dir(dest) as temporary:
+                tensors = from_params(params, to)
+                checkpoints.save_safetensors(temporary / _HF_WEIGHTS, tensors, config, format="pt")
+                text = json.dumps(huggingface.config_json(config, images_only), indent=2)
+                (temporary / "config.json").write_text(text + "\n")
+    return to
+
+
+def format_for(dest: PathLike, to: str | None = None) -> Format:
+    """The format to write `dest` in: `to` if given, else by suffix."""
+    suffix = pathlib.Path(dest).suffix
+    if to is None:
+        to = _FILES.get(suffix, "orbax")
+    if to not in get_args(Format):
+        raise ValueError(f"unknown format {to!r}; choose from {', '.join(get_args(Format))}.")
+    if to in ("orbax", "huggingface") and suffix in _FILES:
+        raise ValueError(f"{dest} names a file, and the format {to} is a folder.")
+    return to  # type: ignore[return-value]
+
+
+def _locate(source: PathLike) -> pathlib.Path:
+    """The file, or the Orbax folder, that a source names."""
+    path = pathlib.Path(source)
+    if not path.exists():
+        name = os.fspath(source)
+        if hub.is_hub_id(name):
+            return hub.download(name)
+        if name in VARIANTS:
+            raise ValueError(
+                f"sam2jax ships no weights of {name!r}; give the path of a checkpoint, or "
+                f"'facebook/{name.replace('_', '-')}' to download it."
+            )
+        raise FileNotFoundError(f"there is no file or folder {name!r}.")
+    if not path.is_dir() or checkpoints.is_orbax_folder(path):
+        return path
+    if (path / _HF_WEIGHTS).is_file():
+        return path / _HF_WEIGHTS
+    raise ValueError(
+        f"the folder {path} holds no checkpoint: neither {checkpoints.HEADER_FILE} (saved by "
+        f"sam2jax) nor {_HF_WEIGHTS} (Hugging Face). Give the path of a file instead."
+    )
+
+
+def _read_torch(path: pathlib.Path) -> tuple[dict[str, np.ndarray], SAM2Config | None]:
+    """The `model` entry of a `.pt` file, or the whole of one that is a bare state dict."""
+    values: Any = torch_file.load_torch(path)
+    contents = values if isinstance(values, dict) else {}
+    state = contents.get("model", contents)
+    is_state = isinstance(state, dict) and all(isinstance(v, np.ndarray) for v in state.values())
+    if not is_state or not all(isinstance(key, str) for key in state):
+        found = (
+            f"has {shorten(map(str, contents))}" if contents else f"is a {type(values).__name__}"
+        )
+        raise ValueError(
+            f"{path.name} holds no weights that can be read: expected {{'model': state_dict}}, as "
+            f"the official package saves it, and it {found}."
+        )
+    if "model" in contents and checkpoints.HEADER in contents:
+        return state, checkpoints.config_from_header(contents[checkpoints.HEADER], path.name)
+    return state, None

@@ -1,0 +1,156 @@
+"""The namings a checkpoint can have, which model it is, and whether it is whole.
+
+A checkpoint is judged by names and shapes before any number is read. What the model needs is
+named and shaped as the checkpoint would have it, so that what is wrong is said in its own words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from sam2jax.config import VARIANTS, SAM2Config
+from sam2jax.convert import huggingface
+from sam2jax.convert.rules import MEMORY_PARTS, OFFICIAL, rename, shorten
+from sam2jax.nn.sam2 import param_shapes
+
+Layout = Literal["sam2jax", "official", "huggingface"]
+Tensors = Mapping[str, np.ndarray]
+
+_OFFICIAL_BACK = tuple(rule.reversed() for rule in OFFICIAL)
+_FLOATS = {np.dtype(kind) for kind in ("f2", "f4", "f8", ml_dtypes.bfloat16)}
+
+
+class _Landmarks(NamedTuple):
+    """Names that tell checkpoints apart."""
+
+    pos_embed: str  # in every checkpoint of this layout, and of no other
+    channels: int  # its axis of channels
+    newer: str  # in SAM 2.1, not in 2.0
+    memory: str  # not in a checkpoint for images only
+
+
+_LANDMARKS: dict[Layout, _Landmarks] = {
+    "sam2jax": _Landmarks(
+        "image_encoder/trunk/pos_embed", 2, "no_obj_embed_spatial", "maskmem_tpos_enc"
+    ),
+    "official": _Landmarks(
+        "image_encoder.trunk.pos_embed", 1, "no_obj_embed_spatial", "maskmem_tpos_enc"
+    ),
+    "huggingface": _Landmarks(
+        "vision_encoder.backbone.pos_embed",
+        1,
+        "occlusion_spatial_embedding_parameter",
+        "memory_temporal_positional_encoding",
+    ),
+}
+
+
+def layout_of(tensors: Tensors, name: str) -> Layout:
+    """Which naming a set of tensors has. `name` is its source's, for messages, here and below."""
+    for layout, landmarks in _LANDMARKS.items():
+        if landmarks.pos_embed in tensors:
+            return layout
+    raise ValueError(
+        f"{name} is not a SAM 2 checkpoint: none of its {len(tensors):,} tensors "
+        f"({shorten(tensors) or 'there are none'}) is SAM 2's image encoder."
+    )
+
+
+def to_params(tensors: Tensors, layout: Layout) -> dict[str, np.ndarray]:
+    """Tensors of any layout as a flat dict of parameters, `a/b/c`; arrays are views."""
+    match layout:
+        case "sam2jax":
+            return dict(tensors)
+        case "official":
+            return rename(tensors, OFFICIAL)
+        case "huggingface":
+            return rename(huggingface.to_official(tensors), OFFICIAL)
+
+
+def from_params(params: Tensors, layout: Layout) -> dict[str, np.ndarray]:
+    """The way back."""
+    match layout:
+        case "sam2jax":
+            return dict(params)
+        case "official":
+            return rename(params, _OFFICIAL_BACK)
+        case "huggingface":
+            return huggingface.from_official(rename(params, _OFFICIAL_BACK))
+
+
+def is_images_only(tensors: Tensors, layout: Layout) -> bool:
+    """Whether it has no memory at all, as `Sam2Model` of `transformers` has none.
+
+    An official checkpoint is always whole: one without memory is damaged.
+    """
+    return layout != "official" and _LANDMARKS[layout].memory not in tensors
+
+
+def identify(tensors: Tensors, layout: Layout) -> SAM2Config:
+    """The variant nearest to a set of tensors by depth, width and version; `check` has the word."""
+    landmarks = _LANDMARKS[layout]
+    shape = tensors[landmarks.pos_embed].shape
+    width = shape[landmarks.channels] if len(shape) > landmarks.channels else 0
+    blocks = {found[1] for key in tensors if (found := re.search(r"\bblocks[._](\d+)", key))}
+    images_only = is_images_only(tensors, layout)
+    version = "sam2.1" if landmarks.newer in tensors else "sam2"
+
+    def distance(config: SAM2Config) -> tuple[int, int]:
+        trunk = config.trunk
+        return abs(sum(trunk.stages) - len(blocks)), abs(trunk.embed_dim - width)
+
+    candidates = (c for c in VARIANTS.values() if c.name.startswith(f"{version}_"))
+    nearest = min(candidates, key=distance)
+    # Without memory the two versions are the same model.
+    return dataclasses.replace(nearest, name=f"{nearest.name}_images") if images_only else nearest
+
+
+def check(tensors: Tensors, config: SAM2Config, layout: Layout, name: str) -> None:
+    """Fails unless names, shapes and kinds are exactly those of the model.
+
+    Raises:
+        ValueError: with the number and the first few of what is missing, unexpected and misshapen.
+    """
+    expected = _expected(config, layout, is_images_only(tensors, layout))
+    missing = [key for key in expected if key not in tensors]
+    unexpected = [key for key in tensors if key not in expected]
+    misshapen = [
+        f"{key} {list(value.shape)} instead of {list(expected[key])}"
+        for key, value in tensors.items()
+        if key in expected and value.shape != expected[key]
+    ]
+    strange = [
+        f"{key} of {value.dtype}" for key, value in tensors.items() if value.dtype not in _FLOATS
+    ]
+    wrong = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "misshapen": misshapen,
+        "not floating point": strange,
+    }
+    parts = [f"{len(keys)} {what} ({shorten(keys)})" for what, keys in wrong.items() if keys]
+    if parts:
+        raise ValueError(
+            f"{name} does not fit the nearest model, {config.name}, of {len(expected)} tensors: "
+            f"{'; '.join(parts)}."
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def _expected(config: SAM2Config, layout: Layout, images_only: bool) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(param_shapes(config))
+    params = {
+        # A view of one number: it has a shape, and costs nothing.
+        "/".join(entry.key for entry in path): np.broadcast_to(np.float32(0), leaf.shape)
+        for path, leaf in leaves
+        if not (images_only and path[0].key in MEMORY_PARTS)
+    }
+    return {key: value.shape for key, value in from_params(params, layout).items()}

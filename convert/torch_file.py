@@ -1,0 +1,366 @@
+"""Reading and writing PyTorch's `.pt` files without PyTorch, and without running what they hold.
+
+A `.pt` file is an uncompressed zip archive: a pickle (`data.pkl`) that describes the objects, and
+one member (`data/<key>`) for the bytes of each storage. A pickle is a program, and the usual way
+to read it is to run it. Here its opcodes are interpreted: only those that plain containers and
+tensors need, and only a closed table of functions, none of which does more than build an array.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import mmap
+import os
+import pathlib
+import pickletools
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+_STORAGES = {
+    "FloatStorage": np.dtype(np.float32),
+    "DoubleStorage": np.dtype(np.float64),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+_COMPRESSED = "is compressed or encrypted, as torch.save never does; save it again with torch.save."
+_MAX_PICKLE_BYTES = 64 * 2**20  # the description of a few thousand tensors takes below one
+
+
+def is_torch_file(path: str | os.PathLike[str]) -> bool:
+    """Whether the file begins as `torch.save` begins one, today's format or the old one."""
+    with open(path, "rb") as file:
+        return file.read(4)[:2] in (b"PK", b"\x80\x02", b"\x80\x04")
+
+
+def load_torch(path: str | os.PathLike[str]) -> Any:
+    """Reads what `torch.save` wrote: containers, numbers, strings, and tensors as NumPy arrays.
+
+    Arrays are read-only views of the file, mapped into memory: nothing is read before it is used.
+
+    Raises:
+        ValueError: the file is damaged, of another kind, or holds something other than data.
+    """
+    path = pathlib.Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            storages = _Storages(path, archive)
+            program = storages.program(archive)
+    except (zipfile.BadZipFile, struct.error, EOFError) as error:
+        raise ValueError(_not_readable(path)) from error
+    try:
+        return _interpret(program, storages.tensor_storage)
+    except Refused as error:
+        raise ValueError(f"{path.name} {error}") from error
+    except Exception as error:  # whatever a damaged pickle leads to, the pickle is damaged
+        raise ValueError(f"{path.name} is damaged: its pickle cannot be read ({error}).") from error
+
+
+class Refused(Exception):
+    """The file asks for something that reading weights does not need."""
+
+
+def _not_readable(path: pathlib.Path) -> str:
+    size = path.stat().st_size
+    if size == 0:
+        return f"{path.name} is empty; download or copy it again."
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start[:1] == b"\x80":
+        return (
+            f"{path.name} is in PyTorch's format of before 1.6, which can only be read by running "
+            "it. With a file you trust: torch.save(torch.load(old), new)."
+        )
+    if start[:2] == b"PK":
+        return f"{path.name} is truncated or damaged ({size:,} bytes); download or copy it again."
+    return f"{path.name} is not a PyTorch checkpoint: it is no zip archive, as torch.save writes."
+
+
+# The archive -----------------------------------------------------------------------------------
+
+
+class _Storages:
+    """The members of an archive, as arrays mapped from the file."""
+
+    def __init__(self, path: pathlib.Path, archive: zipfile.ZipFile) -> None:
+        members = {info.filename: info for info in archive.infolist()}
+        programs = [name for name in members if name.rpartition("/")[2] == "data.pkl"]
+        if len(programs) != 1:
+            raise ValueError(f"{path.name} is a zip archive, but not one that torch.save wrote.")
+        self._name, self._members = path.name, members
+        self._prefix = programs[0].removesuffix("data.pkl")
+        if f"{self._prefix}constants.pkl" in members:
+            raise ValueError(
+                f"{path.name} is a TorchScript program; a checkpoint of its state_dict is needed."
+            )
+        byteorder = members.get(f"{self._prefix}byteorder")
+        if byteorder is not None and byteorder.file_size == 3:  # "big", against "little"
+            raise ValueError(f"{path.name} was saved on a big-endian machine; save it on another.")
+        with open(path, "rb") as file:
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def program(self, archive: zipfile.ZipFile) -> bytes:
+        """The pickle; the archive's checksum for it is verified."""
+        info = self._members[f"{self._prefix}data.pkl"]
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise ValueError(f"{self._name} {_COMPRESSED}")
+        if info.file_size > _MAX_PICKLE_BYTES:
+            raise ValueError(
+                f"{self._name} describes its tensors in {info.file_size:,} bytes: not a checkpoint."
+            )
+        return archive.read(info)
+
+    def tensor_storage(self, kind: np.dtype, key: str, count: int) -> np.ndarray:
+        """The `count` numbers of storage `key`."""
+        info = self._members.get(f"{self._prefix}data/{key}")
+        if info is None:
+            raise Refused(f"is damaged: it has no storage {key!r}.")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise Refused(_COMPRESSED)
+        header = self._bytes[info.header_offset : info.header_offset + 30]
+        if len(header) != 30 or header[:4] != b"PK\x03\x04":
+            raise Refused("is damaged: a member of its archive has no header.")
+        name_length, extra_length = struct.unpack("<HH", header[26:])
+        start = info.header_offset + 30 + name_length + extra_length
+        available = min(info.file_size, len(self._bytes) - start)
+        if count < 0 or count * kind.itemsize > available:
+            raise Refused(
+                f"is truncated or damaged: storage {key!r} should hold {count:,} numbers of "
+                f"{kind.itemsize} bytes, but has {max(available, 0):,} bytes."
+            )
+        if count == 0:
+            return np.zeros(0, kind)
+        return np.frombuffer(self._bytes, kind, count, start)
+
+
+# What a pickle may name ------------------------------------------------------------------------
+
+
+class _Tag(NamedTuple):
+    """A global that stands for itself: it is passed about, never called."""
+
+    name: str
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> np.ndarray:
+    """`torch._utils._rebuild_tensor_v2`: a strided view, checked against its storage."""
+    numbers = (offset, *size, *stride)
+    if not isinstance(storage, np.ndarray) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise Refused("is damaged: a tensor has no storage, or a size that is not a number.")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    empty = math.prod(size) == 0
+    if not empty and (last >= storage.size or math.prod(size) > storage.size):
+        raise Refused(
+            f"is damaged: a tensor of shape {tuple(size)} does not fit its storage of "
+            f"{storage.size:,} numbers."
+        )
+    if empty:
+        return np.zeros(size, storage.dtype)
+    steps = [step * storage.itemsize for step in stride]
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
+
+
+_CALLS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": lambda items=(): dict(items),
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch.Size": lambda items=(): tuple(items),
+    "torch.device": lambda *parts: _Tag(":".join(map(str, parts))),
+}
+_DTYPES = (
+    *("float16", "bfloat16", "float32", "float64", "bool", "uint8"),
+    *("int8", "int16", "int32", "int64"),
+)
+_TAGS = {f"torch.{name}" for name in (*_STORAGES, *_DTYPES)}
+
+
+def _global(module: str, name: str) -> Any:
+    full = f"{module}.{name}"
+    if full in _TAGS or full in _CALLS:
+        return _Tag(full)
+    raise Refused(
+        f"wants to use {full!r}, which weights do not need: refused, nothing was run. With a file "
+        'you trust, in PyTorch: torch.save({"model": torch.load(file, weights_only=False)'
+        '["model"]}, new).'
+    )
+
+
+def _call(function: Any, arguments: Any) -> Any:
+    if not isinstance(function, _Tag) or function.name not in _CALLS:
+        raise Refused("wants to call something that is no function: refused, nothing was run.")
+    return _CALLS[function.name](*arguments)
+
+
+# The interpreter -------------------------------------------------------------------------------
+
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+}
+_LITERALS = {
+    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
+    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+}
+_IGNORED = {"PROTO", "FRAME"}
+
+
+def _interpret(program: bytes, storage: Callable[[np.dtype, str, int], np.ndarray]) -> Any:
+    """Runs the pickle's opcodes; `storage` answers its references to bytes."""
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+
+    marks: list[int] = []  # where in the stack the open groups begin
+
+    def take(start: int) -> list[Any]:
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    def last(count: int) -> list[Any]:
+        return take(len(stack) - count)
+
+    def fill(items: list[Any]) -> None:
+        target = stack[-1]
+        if type(target) is dict:
+            target.update(zip(items[::2], items[1::2], strict=True))
+        elif type(target) is list:
+            target.extend(items)
+        else:
+            raise Refused("is damaged: it adds items to something that holds none.")
+
+    argument: Any
+    for opcode, argument, _ in pickletools.genops(io.BytesIO(program)):
+        match opcode.name:
+            case name if name in _CONSTANTS:
+                stack.append(_CONSTANTS[name]())
+            case name if name in _LITERALS:
+                stack.append(argument)
+            case "MARK":
+                marks.append(len(stack))
+            case "TUPLE":
+                stack.append(tuple(take(marks.pop())))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(last(int(opcode.name[-1]))))
+            case "SETITEMS" | "APPENDS":
+                fill(take(marks.pop()))
+            case "SETITEM":
+                fill(last(2))
+            case "APPEND":
+                fill(last(1))
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "GLOBAL":
+                stack.append(_global(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                stack.append(_global(*last(2)))
+            case "REDUCE":
+                stack.append(_call(*last(2)))
+            case "BUILD":  # an OrderedDict's attributes: a state dict's version numbers
+                stack.pop()
+                if type(stack[-1]) is not dict:
+                    raise Refused("sets attributes of an object: refused, nothing was run.")
+            case "BINPERSID":
+                stack.append(_storage_of(stack.pop(), storage))
+            case name if name in _IGNORED:
+                pass
+            case "STOP":
+                return stack.pop()
+            case name:
+                raise Refused(f"uses the pickle opcode {name}, which weights do not need: refused.")
+    raise Refused("is damaged: its pickle has no end.")
+
+
+def _storage_of(reference: Any, storage: Callable[[np.dtype, str, int], np.ndarray]) -> np.ndarray:
+    """Resolves ("storage", kind, key, location, count), which is how tensors name their bytes."""
+    kind_of, kind, key, _, count = reference
+    name = kind.name.removeprefix("torch.") if isinstance(kind, _Tag) else ""
+    if kind_of != "storage" or name not in _STORAGES or type(key) is not str:
+        raise Refused(f"holds numbers of a kind that is not supported ({name or 'unknown'}).")
+    return storage(_STORAGES[name], key, count)
+
+
+# Writing ---------------------------------------------------------------------------------------
+
+_ALIGNMENT = 64  # bytes, as torch.save aligns storages: they can then be mapped into memory
+
+
+def save_torch(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
+    """Writes a `.pt` file that `torch.load(path, weights_only=True)` reads.
+
+    Args:
+        path: the file to write.
+        values: a mapping of strings to mappings, strings, integers, or float32 NumPy arrays, which
+            become CPU tensors.
+    """
+    storages: list[np.ndarray] = []
+    program = b"\x80\x02" + _pickled(values, storages) + b"."
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        _add(archive, "archive/data.pkl", program)
+        _add(archive, "archive/byteorder", b"little")
+        for key, storage in enumerate(storages):
+            _add(archive, f"archive/data/{key}", storage.astype("<f4", copy=False).tobytes())
+        _add(archive, "archive/version", b"3\n")
+
+
+def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
+    info = zipfile.ZipInfo(name)
+    start = archive.fp.tell() + 30 + len(name) + 4 if archive.fp else 0
+    padding = -start % _ALIGNMENT
+    info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+    archive.writestr(info, data)
+
+
+def _pickled(value: Any, storages: list[np.ndarray]) -> bytes:
+    """The opcodes that build `value`; its arrays are appended to `storages`."""
+
+    def several(*values: Any) -> bytes:
+        return b"".join(_pickled(item, storages) for item in values)
+
+    match value:
+        case bool():
+            return b"\x88" if value else b"\x89"
+        case int():
+            return b"J" + struct.pack("<i", value)
+        case str():
+            text = value.encode()
+            return b"X" + struct.pack("<I", len(text)) + text
+        case _Tag(name):
+            return "c{}\n{}\n".format(*name.rsplit(".", 1)).encode()
+        case tuple():
+            return b"(" + several(*value) + b"t"
+        case Mapping():
+            items = several(*(part for item in value.items() for part in item))
+            return several(_Tag("collections.OrderedDict")) + b")R(" + items + b"u"
+        case np.ndarray() if value.dtype == np.float32:
+            array = np.ascontiguousarray(value).reshape(value.shape)
+            strides = tuple(step // array.itemsize for step in array.strides)
+            key = str(len(storages))
+            storages.append(array)
+            storage = ("storage", _Tag("torch.FloatStorage"), key, "cpu", array.size)
+            return b"".join(
+                [
+                    several(_Tag("torch._utils._rebuild_tensor_v2")) + b"(",
+                    several(storage) + b"Q" + several(0, array.shape, strides, False, {}),
+                    b"tR",
+                ]
+            )
+    raise TypeError(f"cannot write a {type(value).__name__} to a .pt file.")
