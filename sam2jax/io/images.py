@@ -1,0 +1,133 @@
+"""Images in: single files, folders of frames, and masks."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PathLike = str | os.PathLike[str]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_DIM = 32  # a grey picture darker than this everywhere holds object numbers, not brightness
+
+
+def list_frames(folder: PathLike) -> list[pathlib.Path]:
+    """The JPEG and PNG files of a folder, in the order of their numbers.
+
+    Names that are whole numbers are ordered by value, as the official loader does; others
+    naturally ("shot2" before "shot10"). Hidden files are skipped.
+
+    Raises:
+        ValueError: there are none, or two files have the same name but for the suffix.
+        OSError: the folder cannot be read.
+    """
+    folder = pathlib.Path(folder)
+    paths = [
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    ]
+    if not paths:
+        raise ValueError(f"{folder} holds no frames; expected files named like 00000.jpg or .png.")
+    stems = [path.stem for path in paths]
+    twice = [stem for stem, count in collections.Counter(stems).items() if count > 1]
+    if twice:
+        raise ValueError(f"{folder} holds more than one file for frame {min(twice)}; keep one.")
+    numbered = all(stem.isdecimal() for stem in stems)
+    return sorted(paths, key=lambda p: (int(p.stem),) if numbered else _natural(p.stem))
+
+
+def _natural(name: str) -> tuple[Any, ...]:
+    # Digits lie at the odd places of the split, so numbers are only compared with numbers.
+    parts = re.split(r"(\d+)", name)
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(parts))
+
+
+def image_dimensions(path: PathLike) -> tuple[int, int]:
+    """(height, width) of an image file, from its header."""
+    from PIL import Image
+
+    with _reading(path), Image.open(path) as image:
+        return image.height, image.width
+
+
+def open_image(path: PathLike) -> Image:
+    """An image file as a decoded RGB picture.
+
+    A camera's orientation tag is not applied, as in the official loader.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not an image, or a damaged one.
+    """
+    from PIL import Image
+
+    with _reading(path), Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def read_image(path: PathLike) -> np.ndarray:
+    """An image file as uint8 RGB [H, W, 3]; raises as `open_image` does."""
+    return np.asarray(open_image(path))
+
+
+def resize_image(image: Image, size: int) -> np.ndarray:
+    """Resizes as the official folder loader does: Pillow's default (bicubic), on uint8.
+
+    Returns:
+        uint8 RGB [size, size, 3].
+    """
+    return np.asarray(image.resize((size, size)))
+
+
+def read_mask(path: PathLike) -> np.ndarray:
+    """A mask prompt from an image file: one object, bright (or any index above 0) on dark.
+
+    Returns:
+        bool [H, W].
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not an image, is empty, or is an index picture of several objects.
+    """
+    from PIL import Image
+
+    with _reading(path), Image.open(path) as image:
+        as_stored = image.mode in ("P", "1")
+        values = np.asarray(image if as_stored else image.convert("L")).astype(np.uint8)
+        indexed = image.mode == "P" or values.max() < _DIM
+    ids = np.unique(values[values > 0]).tolist()
+    if indexed and len(ids) > 1:
+        raise ValueError(
+            f"{path} holds several objects ({', '.join(map(str, ids))}); "
+            "give a picture of one object for each."
+        )
+    mask = values > (0 if indexed else values.max() / 2)
+    if not mask.any():
+        raise ValueError(f"{path} is an empty mask; expected bright pixels on the object.")
+    return mask
+
+
+@contextlib.contextmanager
+def _reading(path: PathLike) -> Iterator[None]:
+    """Turns whatever Pillow raises into one line that names the file."""
+    from PIL import Image
+
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"there is no file {path}.")
+    try:
+        yield
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be read: permission denied.") from error
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not an image that can be read: {error}.") from error
