@@ -1,4 +1,4 @@
-"""The memory bank: an immutable value of fixed capacity, and what is read from and written to it."""
+"""The memory bank: an immutable value of fixed capacity, with its reads and writes."""
 
 from sam2jax.memory.bank import MemoryBank, empty, read, write
 

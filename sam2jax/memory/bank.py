@@ -66,7 +66,7 @@ def empty(config: SAM2Config, max_cond_frames: int) -> MemoryBank:
 def read(
     config: SAM2Config, bank: MemoryBank, frame: Array, direction: Array, num_frames: Array
 ) -> MemoryRead:
-    """What the frame with index `frame` attends to (official `_prepare_memory_conditioned_features`).
+    """What a frame attends to (official `_prepare_memory_conditioned_features`).
 
     Conditioning frames, past or future, all carry the last temporal encoding; recent ones the one
     of their place, so that a missing frame is skipped and shifts nothing. Pointers come from

@@ -72,7 +72,7 @@ class MultiScaleBlock(nn.Module):
 
 
 class Hiera(nn.Module):
-    """Images [B, S, S, 3] -> a map per stage, finest first: [B, S/4, S/4, C], [B, S/8, S/8, 2C], ..."""
+    """Images [B, S, S, 3] -> a map per stage, [B, S/4, S/4, C] to [B, S/32, S/32, 8C]."""
 
     config: HieraConfig
     dtype: jnp.dtype

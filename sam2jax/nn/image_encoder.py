@@ -33,7 +33,7 @@ class FpnNeck(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Images [B, S, S, 3], normalised -> maps [B, S/4, S/4, C], [B, S/8, S/8, C], [B, S/16, S/16, C]."""
+    """Normalised images [B, S, S, 3] -> maps of width C and strides 4, 8 and 16, finest first."""
 
     config: SAM2Config
 

@@ -1,4 +1,4 @@
-"""The few layers that everything is made of. Parameters are float32; `dtype` is what is computed in."""
+"""The few layers that everything is made of; float32 parameters, computed in `dtype`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mask decoder: a two-way transformer and its heads (official `sam/{transformer,mask_decoder}.py`)."""
+"""The mask decoder: a two-way transformer and its heads (official `sam/mask_decoder.py`)."""
 
 from __future__ import annotations
 

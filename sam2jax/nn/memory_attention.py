@@ -1,4 +1,4 @@
-"""Memory attention: a frame's features conditioned on the memory bank (official `memory_attention.py`)."""
+"""Memory attention: features conditioned on the memory bank (official `memory_attention.py`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flax import struct
 from jax import lax
 
 from sam2jax.config import SAM2Config
-from sam2jax.nn.layers import LayerNorm, Linear, fold_heads, unfold_heads
+from sam2jax.nn.layers import LayerNorm, Linear, fold_heads
 from sam2jax.ops.attention import attention
 from sam2jax.ops.linear import linear
 from sam2jax.ops.position import sine_2d
@@ -138,7 +138,7 @@ class RoPEAttention(nn.Module):
 
 
 def place_after(first: Array, second: Array, length: Array) -> Array:
-    """Puts `second` [N, Q, D] behind the first `length` [N] tokens of `first` [N, K, D]: [N, K + Q, D]."""
+    """Puts `second` [N, Q, D] behind the first `length` [N] tokens of `first` [N, K, D]."""
     room = jnp.pad(first, ((0, 0), (0, second.shape[1]), (0, 0)))
     put = jax.vmap(lambda row, tail, at: lax.dynamic_update_slice(row, tail, (at, 0)))
     return put(room, second.astype(first.dtype), length)

@@ -1,4 +1,4 @@
-"""Products in the model's compute type: operands in `dtype`, float32 accumulation, result in `dtype`.
+"""Products in the model's compute type, with float32 accumulation.
 
 float32 asks for full precision on every backend (accelerators default to TF32 or bfloat16
 passes); bfloat16 does what autocast does, with float32 accumulation.

@@ -13,7 +13,7 @@ import numpy as np
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.tracking.checks import check_frame, check_prompts, check_state
 from sam2jax.tracking.state import TrackState, init_state
-from sam2jax.tracking.step import encode_ahead, process_frame
+from sam2jax.tracking.step import encode_frame, process_ahead, process_frame
 from sam2jax.types import CONDITIONING, EMPTY, NONE, Array, ClipPrompts, FrameOutput, Prompts
 
 
@@ -89,7 +89,8 @@ def _track(model, params, frames, prompts, state, *, reverse, ahead):
 
     def body(state: TrackState, frame: Array):
         now = None if prompts is None else _prompts_at(prompts, state.frame_index)
-        state, output, _ = process_frame(model, params, state, frame, now, reverse=reverse)
+        features, now = encode_frame(model, params, frame, now)
+        state, output, _ = process_frame(model, params, state, features, now, reverse=reverse)
         return state, output
 
     return jax.lax.scan(body, state, frames, reverse=reverse)
@@ -121,7 +122,8 @@ def _encode_all_ahead(model, params, frames, prompts: ClipPrompts, state: TrackS
         due = inside & (frame_index != state.frame_index) & jnp.any(now.kind == CONDITIONING)
 
         def encode(state: TrackState) -> TrackState:
-            return encode_ahead(model, params, state, frames[offset], now, frame_index)[0]
+            features, due_prompts = encode_frame(model, params, frames[offset], now)
+            return process_ahead(model, params, state, features, due_prompts, frame_index)[0]
 
         return jax.lax.cond(due, encode, lambda state: state, state), None
 

@@ -110,39 +110,63 @@ def condition(
 
 @partial(jax.jit, static_argnames=("model", "reverse"))
 def _step(model, params, state, frame, prompts, *, reverse):
-    state, output, _ = process_frame(model, params, state, frame, prompts, reverse=reverse)
+    features, prompts = encode_frame(model, params, frame, prompts)
+    state, output, _ = process_frame(model, params, state, features, prompts, reverse=reverse)
     return state, output
 
 
 @partial(jax.jit, static_argnames="model")
 def _condition(model, params, state, frame, prompts, frame_index):
-    return encode_ahead(model, params, state, frame, prompts, frame_index)[0]
+    features, prompts = encode_frame(model, params, frame, prompts)
+    return process_ahead(model, params, state, features, prompts, frame_index)[0]
+
+
+def encode_frame(
+    model: SAM2, params: Any, frame: Array, prompts: Prompts | None
+) -> tuple[ImageFeatures, Prompts | None]:
+    """A frame's features, and its prompts in pixels of the model's image."""
+    size = model.config.image_size
+    images = preprocess_image(frame[None], size)
+    features = model.apply({"params": params}, images, method="encode_image")
+    if prompts is not None:
+        height, width = frame.shape[:2]
+        scale = jnp.asarray([size / width, size / height], jnp.float32).reshape(1, 1, 2)
+        prompts = prompts.replace(points=prompts.points * scale)
+    return features, prompts
 
 
 def process_frame(
     model: SAM2,
     params: Any,
     state: TrackState,
-    frame: Array,
+    features: ImageFeatures,
     prompts: Prompts | None,
     *,
     reverse: bool,
 ) -> tuple[TrackState, FrameOutput, FrameMemory]:
-    """`step`, which also returns what the frame leaves behind, for callers that keep history."""
+    """`step` on an encoded frame, with points in pixels of the model's image.
+
+    It also returns what the frame leaves behind, for callers that keep history.
+    """
     direction = jnp.int32(-1 if reverse else 1)
     if prompts is None:
         prompts = Prompts.none(state.num_objects)
-    output, memory = _answer_frame(model, params, state, frame, prompts, direction)
+    output, memory = _answer_frame(model, params, state, features, prompts, direction)
     prompted = prompts.kind == CONDITIONING
     bank = _write(model.config, state, memory, direction, prompted, state.bank.has_memory)
     state = state.replace(bank=bank, frame_index=state.frame_index + direction)
     return state, output, memory
 
 
-def encode_ahead(
-    model: SAM2, params: Any, state: TrackState, frame: Array, prompts: Prompts, frame_index: Array
+def process_ahead(
+    model: SAM2,
+    params: Any,
+    state: TrackState,
+    features: ImageFeatures,
+    prompts: Prompts,
+    frame_index: Array,
 ) -> tuple[TrackState, FrameOutput, FrameMemory]:
-    """`condition`, which also returns the answer and what the frame leaves behind."""
+    """`condition` on an encoded frame; also returns the answer and what the frame leaves behind."""
     at_frame = state.replace(frame_index=frame_index)
     prompted = prompts.kind == CONDITIONING
     prompts = prompts.replace(kind=jnp.where(prompted, CONDITIONING, NONE))
@@ -150,24 +174,19 @@ def encode_ahead(
     forgetful = at_frame.replace(
         bank=at_frame.bank.replace(cond_frame=jnp.full_like(at_frame.bank.cond_frame, -1))
     )
-    output, memory = _answer_frame(model, params, forgetful, frame, prompts, jnp.int32(1))
+    output, memory = _answer_frame(model, params, forgetful, features, prompts, jnp.int32(1))
     never = jnp.zeros_like(prompted)
     bank = _write(model.config, at_frame, memory, jnp.int32(1), prompted, never)
     return state.replace(bank=bank), output, memory
 
 
-def _answer_frame(model, params, state, frame, prompts, direction):
+def _answer_frame(model, params, state, features, prompts, direction):
     """A frame's answer and memory, object by object, as if each were to be written."""
     config = model.config
-    height, width = frame.shape[:2]
-    images = preprocess_image(frame[None], config.image_size)
-    scale = _point_scale(config, height, width)
-    prompts = prompts.replace(points=prompts.points * scale)
 
     def run(method: str, *args):
         return model.apply({"params": params}, *args, method=method)
 
-    features: ImageFeatures = run("encode_image", images)
     memory_read = jax.vmap(bank_ops.read, in_axes=(None, 0, None, None, None))(
         config, state.bank, state.frame_index, direction, state.num_frames
     )
@@ -200,12 +219,6 @@ def _answer_frame(model, params, state, frame, prompts, direction):
         object_score=answer.object_score,
     )
     return output, memory
-
-
-def _point_scale(config: SAM2Config, height: int, width: int) -> Array:
-    """From pixels of the frame given to pixels of the model's image: [1, 1, 2]."""
-    size = config.image_size
-    return jnp.asarray([size / width, size / height], jnp.float32).reshape(1, 1, 2)
 
 
 def _fit_mask_prompt(mask: Array, size: int) -> Array:
