@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import av
 import av.filter
 import numpy as np
+from av.error import FFmpegError
+from av.stream import Disposition
 
 from sam2jax.io.video import Video
 
@@ -79,7 +81,7 @@ class ContainerVideo(Video):
         """The next frame; IndexError at the end."""
         try:
             frame = next(self._frames, None)
-        except av.FFmpegError as error:
+        except FFmpegError as error:
             raise self._damaged() from error
         if frame is None:
             self.num_frames = self._next
@@ -117,7 +119,7 @@ class ContainerVideo(Video):
         wanted = int(self._index.times[key])
         # Formats differ in whether they look for presentation or for decoding times.
         for target in self._index.seek_targets(key):
-            with contextlib.suppress(av.FFmpegError):
+            with contextlib.suppress(FFmpegError):
                 self._container.seek(target, stream=self._stream)
                 frames = self._container.decode(self._stream)
                 for frame in frames:
@@ -194,7 +196,7 @@ def _scan(source: pathlib.Path | bytes, name: str) -> _Index:
                 times.append(packet.pts or 0)
                 decoding_times.append(packet.pts if packet.dts is None else packet.dts)
                 is_key.append(packet.is_keyframe)
-        except av.FFmpegError as error:
+        except FFmpegError as error:
             raise ValueError(
                 f"{name} is damaged after {len(times)} frames; copy it again."
             ) from error
@@ -212,7 +214,7 @@ def _open(source: pathlib.Path | bytes, name: str) -> Any:
             return av.open(io.BytesIO(source))
         with source.open("rb"):  # for Python's own, clearer errors about access
             return av.open(str(source))
-    except av.FFmpegError as error:
+    except FFmpegError as error:
         raise ValueError(
             f"{name} is not a video that FFmpeg can read, or an incomplete one; expected a video "
             "file (mp4, mkv, mov, webm, ...) or a folder of JPEG or PNG frames."
@@ -222,7 +224,7 @@ def _open(source: pathlib.Path | bytes, name: str) -> Any:
 def _video_stream(container: Any, name: str) -> Any:
     # The tty demuxer takes any .txt for a film of its letters; a cover picture is no film either.
     for stream in container.streams.video if container.format.name != "tty" else ():
-        if not stream.disposition & av.stream.Disposition.attached_pic:
+        if not stream.disposition & Disposition.attached_pic:
             return stream
     raise ValueError(f"{name} holds no video; expected a video file (mp4, mkv, mov, webm, ...).")
 

@@ -1,0 +1,192 @@
+"""Masks out: palette PNGs, COCO run lengths or arrays, written frame by frame.
+
+The three writers have one interface. They are context managers: leaving one normally makes its
+output appear, an exception leaves nothing behind. No writer holds more than one frame.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import zipfile
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from sam2jax.io.files import atomic_dir, atomic_path
+
+PathLike = str | os.PathLike[str]
+
+
+class PaletteWriter:
+    """A folder of PNGs as DAVIS has them: pixels hold object ids, 0 is background.
+
+    Where objects overlap the lowest id wins, as in the official tool.
+    """
+
+    def __init__(self, folder: PathLike):
+        self._destination = folder
+
+    def __enter__(self) -> PaletteWriter:
+        self._undo = contextlib.ExitStack()
+        self._folder = self._undo.enter_context(atomic_dir(self._destination))
+        self._palette = davis_palette()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._undo.__exit__(*failure)
+
+    def write(self, index: int, name: str, object_ids: Sequence[int], masks: np.ndarray) -> None:
+        """Writes a frame.
+
+        Args:
+            index: number of the frame.
+            name: what its file is called, without suffix.
+            object_ids: N ids, 1 to 255.
+            masks: bool [N, H, W].
+        """
+        from PIL import Image
+
+        _check(object_ids, masks)
+        if not all(0 < object_id < 256 for object_id in object_ids):
+            raise ValueError(
+                f"palette PNGs hold object ids 1 to 255, got {list(object_ids)}; "
+                "write .json or .npz, or number the objects from 1."
+            )
+        labels = np.zeros(masks.shape[1:], np.uint8)
+        for object_id, mask in sorted(zip(object_ids, masks, strict=True), key=lambda m: -m[0]):
+            labels[mask] = object_id
+        picture = Image.fromarray(labels)
+        picture.putpalette(self._palette)
+        picture.save(self._folder / f"{name}.png")
+
+
+class RunLengthWriter:
+    """A JSON list with a COCO annotation for every object and frame, absent objects included.
+
+    Each has `image_id` (the frame's number), `file_name` (its name), `category_id` (the object),
+    `segmentation` (compressed run lengths, as pycocotools reads them), `area` and `bbox`.
+    """
+
+    def __init__(self, path: PathLike):
+        self._destination = path
+
+    def __enter__(self) -> RunLengthWriter:
+        with contextlib.ExitStack() as undo:
+            temporary = undo.enter_context(atomic_path(self._destination))
+            self._file = undo.enter_context(temporary.open("w", encoding="utf-8"))
+            undo.callback(self._file.write, "\n]\n")
+            self._file.write("[")
+            self._separator = "\n"
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._undo.__exit__(*failure)
+
+    def write(self, index: int, name: str, object_ids: Sequence[int], masks: np.ndarray) -> None:
+        """Writes a frame; arguments as in `PaletteWriter.write`, any ids."""
+        from pycocotools import mask as coco
+
+        _check(object_ids, masks)
+        # pycocotools reads columns first, all objects at once along the last axis.
+        runs = coco.encode(np.asfortranarray(np.moveaxis(masks, 0, -1).astype(np.uint8)))
+        areas, boxes = coco.area(runs).tolist(), coco.toBbox(runs).astype(int).tolist()
+        for object_id, run, area, box in zip(object_ids, runs, areas, boxes, strict=True):
+            record = {
+                "image_id": index,
+                "file_name": name,
+                "category_id": object_id,
+                "segmentation": {"size": run["size"], "counts": run["counts"].decode("ascii")},
+                "area": area,
+                "bbox": box,
+            }
+            self._file.write(self._separator + json.dumps(record))
+            self._separator = ",\n"
+
+
+class ArrayWriter:
+    """An .npz: a bool array [N, H, W] for each frame, under the frame's name, packed on disk.
+
+    `object_ids` says which objects the N are, and `frames` which numbers the frames have, in the
+    order they were written. `np.load` reads one frame at a time.
+    """
+
+    def __init__(self, path: PathLike):
+        self._destination = path
+
+    def __enter__(self) -> ArrayWriter:
+        with contextlib.ExitStack() as undo:
+            temporary = undo.enter_context(atomic_path(self._destination))
+            self._archive = undo.enter_context(
+                zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1)
+            )
+            self._frames: list[int] = []
+            self._object_ids: list[int] | None = None
+            undo.push(self._finish)
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._undo.__exit__(*failure)
+
+    def write(self, index: int, name: str, object_ids: Sequence[int], masks: np.ndarray) -> None:
+        """Writes a frame; arguments as in `PaletteWriter.write`, any ids, the same every time."""
+        _check(object_ids, masks)
+        if self._object_ids not in (None, list(object_ids)):
+            raise ValueError(f"object ids changed from {self._object_ids} to {list(object_ids)}.")
+        self._object_ids = list(object_ids)
+        self._frames.append(index)
+        self._add(name, np.ascontiguousarray(masks))
+
+    def _finish(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            self._add("object_ids", np.array(self._object_ids or [], np.int64))
+            self._add("frames", np.array(self._frames, np.int64))
+
+    def _add(self, name: str, values: np.ndarray) -> None:
+        with self._archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array(member, values, allow_pickle=False)
+
+
+MaskWriter: TypeAlias = PaletteWriter | RunLengthWriter | ArrayWriter
+
+_WRITERS: dict[str, type[MaskWriter]] = {
+    "": PaletteWriter,
+    ".json": RunLengthWriter,
+    ".npz": ArrayWriter,
+}
+
+
+def mask_writer(path: PathLike) -> MaskWriter:
+    """The writer that a path asks for: .json, .npz, or a folder where it has no suffix."""
+    path = pathlib.Path(path)
+    suffix = "" if path.is_dir() else path.suffix.lower()
+    if suffix not in _WRITERS:
+        raise ValueError(
+            f"{path} must end in .json (COCO run lengths) or .npz (arrays), or be a folder "
+            "without suffix (palette PNGs)."
+        )
+    return _WRITERS[suffix](path)
+
+
+def davis_palette() -> bytes:
+    """The 256 colours of DAVIS and Pascal VOC: bits of the id, dealt to the channels in turn."""
+    ids = np.arange(256, dtype=np.uint8)
+    colors = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            if 3 * (7 - bit) + channel < 8:
+                colors[:, channel] |= ((ids >> (3 * (7 - bit) + channel)) & 1) << bit
+    return colors.tobytes()
+
+
+def _check(object_ids: Sequence[int], masks: np.ndarray) -> None:
+    if masks.ndim != 3 or masks.dtype != np.bool_ or len(masks) != len(object_ids):
+        raise ValueError(
+            f"masks must be bool [{len(object_ids)}, H, W] for {len(object_ids)} object ids, got "
+            f"{masks.dtype} {list(masks.shape)}."
+        )
