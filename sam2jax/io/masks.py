@@ -93,16 +93,17 @@ class RunLengthWriter:
 
         _check(object_ids, masks)
         # pycocotools reads columns first, all objects at once along the last axis.
-        runs = coco.encode(np.asfortranarray(np.moveaxis(masks, 0, -1).astype(np.uint8)))
-        areas, boxes = coco.area(runs).tolist(), coco.toBbox(runs).astype(int).tolist()
+        runs: Any = coco.encode(np.asfortranarray(np.moveaxis(masks, 0, -1).astype(np.uint8)))
+        areas: Any = coco.area(runs)
+        boxes: Any = coco.toBbox(runs)
         for object_id, run, area, box in zip(object_ids, runs, areas, boxes, strict=True):
             record = {
                 "image_id": index,
                 "file_name": name,
                 "category_id": object_id,
                 "segmentation": {"size": run["size"], "counts": run["counts"].decode("ascii")},
-                "area": area,
-                "bbox": box,
+                "area": int(area),
+                "bbox": [int(side) for side in box],
             }
             self._file.write(self._separator + json.dumps(record))
             self._separator = ",\n"
