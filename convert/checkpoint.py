@@ -75,9 +75,9 @@ def read(source: PathLike) -> Checkpoint:
     layout = layout_of(tensors, path.name)
     if layout == "huggingface":
         tensors = huggingface.complete(tensors)
-    config = config or identify(tensors, layout)
-    check(tensors, config, layout, path.name)
-    return Checkpoint(path.name, config, layout, tensors)
+    model = config or identify(tensors, layout)
+    check(tensors, model, layout, path.name, guessed=config is None)
+    return Checkpoint(path.name, model, layout, tensors)
 
 
 def write(

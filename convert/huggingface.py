@@ -155,7 +155,18 @@ def from_official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def config_json(config: SAM2Config, images_only: bool) -> dict[str, Any]:
-    """The `config.json` from which `transformers` builds the same model."""
+    """The `config.json` from which `transformers` builds the same model.
+
+    Raises:
+        ValueError: it cannot, because it fixes what this model has otherwise.
+    """
+    fixed = {
+        "mem_dim": (config.mem_dim, 64),
+        "iou_head_depth": (config.mask_decoder.iou_head_depth, 3),
+    }
+    for name, (ours, theirs) in fixed.items():
+        if ours != theirs:
+            raise ValueError(f"transformers fixes {name} at {theirs}, and this model has {ours}.")
     trunk, decoder, width = config.trunk, config.mask_decoder, config.hidden_dim
     doubling = [2**i for i in range(len(trunk.stages))]
     dynamic = ("via_stability", "stability_delta", "stability_thresh")

@@ -12,9 +12,9 @@ import re
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-import jax
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from sam2jax.config import VARIANTS, SAM2Config
 from sam2jax.convert import huggingface
@@ -34,21 +34,13 @@ class _Landmarks(NamedTuple):
     pos_embed: str  # in every checkpoint of this layout, and of no other
     channels: int  # its axis of channels
     newer: str  # in SAM 2.1, not in 2.0
-    memory: str  # not in a checkpoint for images only
 
 
 _LANDMARKS: dict[Layout, _Landmarks] = {
-    "sam2jax": _Landmarks(
-        "image_encoder/trunk/pos_embed", 2, "no_obj_embed_spatial", "maskmem_tpos_enc"
-    ),
-    "official": _Landmarks(
-        "image_encoder.trunk.pos_embed", 1, "no_obj_embed_spatial", "maskmem_tpos_enc"
-    ),
+    "sam2jax": _Landmarks("image_encoder/trunk/pos_embed", 2, "no_obj_embed_spatial"),
+    "official": _Landmarks("image_encoder.trunk.pos_embed", 1, "no_obj_embed_spatial"),
     "huggingface": _Landmarks(
-        "vision_encoder.backbone.pos_embed",
-        1,
-        "occlusion_spatial_embedding_parameter",
-        "memory_temporal_positional_encoding",
+        "vision_encoder.backbone.pos_embed", 1, "occlusion_spatial_embedding_parameter"
     ),
 }
 
@@ -91,7 +83,7 @@ def is_images_only(tensors: Tensors, layout: Layout) -> bool:
 
     An official checkpoint is always whole: one without memory is damaged.
     """
-    return layout != "official" and _LANDMARKS[layout].memory not in tensors
+    return layout != "official" and not any(key.startswith("memory_") for key in tensors)
 
 
 def identify(tensors: Tensors, layout: Layout) -> SAM2Config:
@@ -113,13 +105,18 @@ def identify(tensors: Tensors, layout: Layout) -> SAM2Config:
     return dataclasses.replace(nearest, name=f"{nearest.name}_images") if images_only else nearest
 
 
-def check(tensors: Tensors, config: SAM2Config, layout: Layout, name: str) -> None:
+def check(
+    tensors: Tensors, config: SAM2Config, layout: Layout, name: str, guessed: bool = False
+) -> None:
     """Fails unless names, shapes and kinds are exactly those of the model.
+
+    Args:
+        guessed: whether `identify` chose the model; for the message.
 
     Raises:
         ValueError: with the number and the first few of what is missing, unexpected and misshapen.
     """
-    expected = _expected(config, layout, is_images_only(tensors, layout))
+    expected = expected_shapes(config, layout, is_images_only(tensors, layout))
     missing = [key for key in expected if key not in tensors]
     unexpected = [key for key in tensors if key not in expected]
     misshapen = [
@@ -138,19 +135,34 @@ def check(tensors: Tensors, config: SAM2Config, layout: Layout, name: str) -> No
     }
     parts = [f"{len(keys)} {what} ({shorten(keys)})" for what, keys in wrong.items() if keys]
     if parts:
+        model = f"any official model; the nearest is {config.name}" if guessed else config.name
         raise ValueError(
-            f"{name} does not fit the nearest model, {config.name}, of {len(expected)} tensors: "
-            f"{'; '.join(parts)}."
+            f"{name} does not fit {model}. Of its {len(expected):,} tensors: {'; '.join(parts)}."
         )
 
 
-@functools.lru_cache(maxsize=16)
-def _expected(config: SAM2Config, layout: Layout, images_only: bool) -> dict[str, tuple[int, ...]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(param_shapes(config))
+def expected_shapes(
+    config: SAM2Config, layout: Layout, images_only: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of this model has.
+
+    Raises:
+        ValueError: the configuration's numbers do not go together.
+    """
     params = {
         # A view of one number: it has a shape, and costs nothing.
-        "/".join(entry.key for entry in path): np.broadcast_to(np.float32(0), leaf.shape)
-        for path, leaf in leaves
-        if not (images_only and path[0].key in MEMORY_PARTS)
+        name: np.broadcast_to(np.float32(0), shape)
+        for name, shape in _param_shapes(config).items()
+        if not (images_only and name.split("/")[0] in MEMORY_PARTS)
     }
     return {key: value.shape for key, value in from_params(params, layout).items()}
+
+
+@functools.lru_cache(maxsize=16)
+def _param_shapes(config: SAM2Config) -> dict[str, tuple[int, ...]]:
+    try:
+        tree = param_shapes(config)
+    except Exception as error:  # the configuration may come from a file's header
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"the configuration {config.name!r} makes no model: {reason}") from error
+    return {name: leaf.shape for name, leaf in flatten_dict(tree, sep="/").items()}

@@ -17,7 +17,7 @@ import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -53,38 +53,36 @@ def load_torch(path: str | os.PathLike[str]) -> Any:
         ValueError: the file is damaged, of another kind, or holds something other than data.
     """
     path = pathlib.Path(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            storages = _Storages(path, archive)
-            program = storages.program(archive)
-    except (zipfile.BadZipFile, struct.error, EOFError) as error:
-        raise ValueError(_not_readable(path)) from error
-    try:
-        return _interpret(program, storages.tensor_storage)
-    except Refused as error:
-        raise ValueError(f"{path.name} {error}") from error
-    except Exception as error:  # whatever a damaged pickle leads to, the pickle is damaged
-        raise ValueError(f"{path.name} is damaged: its pickle cannot be read ({error}).") from error
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                storages = _Storages(file, archive)
+                program = storages.program(archive)
+            return _interpret(program, storages.tensor_storage)
+        except Refused as error:
+            raise ValueError(f"{path.name} {error}") from error
+        except Exception as error:  # whatever a damaged archive leads zipfile to
+            raise ValueError(f"{path.name} {_what_is_wrong(path)}") from error
 
 
 class Refused(Exception):
     """The file asks for something that reading weights does not need."""
 
 
-def _not_readable(path: pathlib.Path) -> str:
+def _what_is_wrong(path: pathlib.Path) -> str:
     size = path.stat().st_size
-    if size == 0:
-        return f"{path.name} is empty; download or copy it again."
     with open(path, "rb") as file:
         start = file.read(4)
+    if size == 0:
+        return "is empty; download or copy it again."
     if start[:1] == b"\x80":
         return (
-            f"{path.name} is in PyTorch's format of before 1.6, which can only be read by running "
-            "it. With a file you trust: torch.save(torch.load(old), new)."
+            "is in PyTorch's format of before 1.6, which can only be read by running it. "
+            "With a file you trust: torch.save(torch.load(old), new)."
         )
     if start[:2] == b"PK":
-        return f"{path.name} is truncated or damaged ({size:,} bytes); download or copy it again."
-    return f"{path.name} is not a PyTorch checkpoint: it is no zip archive, as torch.save writes."
+        return f"is truncated or damaged ({size:,} bytes); download or copy it again."
+    return "is not a PyTorch checkpoint: it is no zip archive, as torch.save writes."
 
 
 # The archive -----------------------------------------------------------------------------------
@@ -93,32 +91,27 @@ def _not_readable(path: pathlib.Path) -> str:
 class _Storages:
     """The members of an archive, as arrays mapped from the file."""
 
-    def __init__(self, path: pathlib.Path, archive: zipfile.ZipFile) -> None:
+    def __init__(self, file: BinaryIO, archive: zipfile.ZipFile) -> None:
         members = {info.filename: info for info in archive.infolist()}
         programs = [name for name in members if name.rpartition("/")[2] == "data.pkl"]
         if len(programs) != 1:
-            raise ValueError(f"{path.name} is a zip archive, but not one that torch.save wrote.")
-        self._name, self._members = path.name, members
+            raise Refused("is a zip archive, but not one that torch.save wrote.")
+        self._members = members
         self._prefix = programs[0].removesuffix("data.pkl")
         if f"{self._prefix}constants.pkl" in members:
-            raise ValueError(
-                f"{path.name} is a TorchScript program; a checkpoint of its state_dict is needed."
-            )
+            raise Refused("is a TorchScript program; a checkpoint of its state_dict is needed.")
         byteorder = members.get(f"{self._prefix}byteorder")
         if byteorder is not None and byteorder.file_size == 3:  # "big", against "little"
-            raise ValueError(f"{path.name} was saved on a big-endian machine; save it on another.")
-        with open(path, "rb") as file:
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            raise Refused("was saved on a big-endian machine; save it on another.")
+        self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def program(self, archive: zipfile.ZipFile) -> bytes:
         """The pickle; the archive's checksum for it is verified."""
         info = self._members[f"{self._prefix}data.pkl"]
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise ValueError(f"{self._name} {_COMPRESSED}")
+            raise Refused(_COMPRESSED)
         if info.file_size > _MAX_PICKLE_BYTES:
-            raise ValueError(
-                f"{self._name} describes its tensors in {info.file_size:,} bytes: not a checkpoint."
-            )
+            raise Refused(f"describes its tensors in {info.file_size:,} bytes: no checkpoint.")
         return archive.read(info)
 
     def tensor_storage(self, kind: np.dtype, key: str, count: int) -> np.ndarray:
@@ -220,7 +213,16 @@ _IGNORED = {"PROTO", "FRAME"}
 
 
 def _interpret(program: bytes, storage: Callable[[np.dtype, str, int], np.ndarray]) -> Any:
-    """Runs the pickle's opcodes; `storage` answers its references to bytes."""
+    """Follows the pickle's opcodes; `storage` answers its references to bytes."""
+    try:
+        return _follow(program, storage)
+    except Refused:
+        raise
+    except Exception as error:  # whatever a damaged pickle leads to, the pickle is damaged
+        raise Refused(f"is damaged: its pickle cannot be read ({error}).") from error
+
+
+def _follow(program: bytes, storage: Callable[[np.dtype, str, int], np.ndarray]) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
 
@@ -339,7 +341,8 @@ def _pickled(value: Any, storages: list[np.ndarray]) -> bytes:
         case bool():
             return b"\x88" if value else b"\x89"
         case int():
-            return b"J" + struct.pack("<i", value)
+            data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+            return b"\x8a" + bytes([len(data)]) + data
         case str():
             text = value.encode()
             return b"X" + struct.pack("<I", len(text)) + text
