@@ -1,0 +1,165 @@
+"""Pure functions against plain definitions of what they compute."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.ndimage
+
+from sam2jax.ops import attention as attention_ops
+from sam2jax.ops.attention import attention
+from sam2jax.ops.conv import depthwise_conv, upsample_conv
+from sam2jax.ops.masks import fill_holes, non_overlapping, stability_score
+from sam2jax.ops.resize import preprocess_image, resize_bilinear, resize_masks
+from sam2jax.ops.rope import rope_table, rotate, split_pairs
+from sam2jax.ops.windows import window_partition, window_unpartition
+
+
+def normal(seed: int, *shape: int) -> jnp.ndarray:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def plain_attention(query, key, value, lengths):
+    scores = np.einsum("btd,bkd->btk", query, key) / np.sqrt(query.shape[-1])
+    scores = np.where(np.arange(key.shape[1]) < np.asarray(lengths)[:, None, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("btk,bke->bte", weights / weights.sum(-1, keepdims=True), value)
+
+
+# 37 keys in blocks of 16 leave an overlap; lengths end inside, at and before the last block.
+@pytest.mark.parametrize("lengths", [(37, 37), (37, 5), (32, 33), (1, 16)])
+def test_blockwise_attention_equals_plain_attention_and_its_gradient(monkeypatch, lengths):
+    query, key, value = normal(0, 2, 9, 8), normal(1, 2, 37, 8), normal(2, 2, 37, 5)
+    length = jnp.asarray(lengths, jnp.int32)
+
+    def loss(query, key, value):
+        out = attention(query, key, value, length=length)
+        return jnp.sum(jnp.sin(out)), out
+
+    grad = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    (_, out), small = grad(query, key, value)
+    monkeypatch.setattr(attention_ops, "BLOCKWISE_FROM", 0)
+    monkeypatch.setattr(attention_ops, "BLOCK", 16)
+    (_, blockwise), large = grad(query, key, value)
+    np.testing.assert_allclose(out, plain_attention(query, key, value, lengths), atol=2e-6)
+    np.testing.assert_allclose(blockwise, out, atol=2e-6)
+    for one, other in zip(small, large, strict=True):
+        np.testing.assert_allclose(one, other, atol=5e-6)
+
+
+def test_blockwise_attention_without_keys_is_zero(monkeypatch):
+    monkeypatch.setattr(attention_ops, "BLOCKWISE_FROM", 0)
+    out = attention(
+        normal(0, 1, 4, 8), normal(1, 1, 6, 8), normal(2, 1, 6, 8), length=jnp.zeros(1, jnp.int32)
+    )
+    np.testing.assert_array_equal(out, 0)
+
+
+def test_a_mask_of_keys_drops_them():
+    query, key, value = normal(0, 1, 4, 8), normal(1, 1, 6, 8), normal(2, 1, 6, 8)
+    mask = jnp.array([[True, False, True, True, False, True]])
+    kept = attention(query, key[:, mask[0]], value[:, mask[0]])
+    np.testing.assert_allclose(attention(query, key, value, mask=mask), kept, atol=1e-6)
+
+
+def test_rotation_equals_complex_multiplication_of_interleaved_pairs():
+    x = np.asarray(normal(0, 9, 8))
+    cos, sin = rope_table(3, 8, 10000.0)
+    pairs = x.reshape(9, 4, 2)
+    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * (cos + 1j * sin)
+    expected = np.stack([turned.real, turned.imag], axis=-1).reshape(9, 8)
+    got = rotate(split_pairs(jnp.asarray(x), 1), (cos, sin))
+    np.testing.assert_allclose(got, split_pairs(jnp.asarray(expected), 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("height, width, size", [(8, 8, 4), (7, 10, 4), (3, 3, 14)])
+def test_windows_come_back_together(height, width, size):
+    x = normal(0, 2, height, width, 3)
+    np.testing.assert_array_equal(window_unpartition(window_partition(x, size), height, width), x)
+
+
+def test_windows_hold_neighbouring_pixels():
+    x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    assert window_partition(x, 2)[1, ..., 0].tolist() == [[2.0, 3.0], [6.0, 7.0]]
+
+
+def test_depthwise_convolution_equals_the_grouped_one():
+    x, kernel, bias = normal(0, 1, 9, 11, 6), normal(1, 7, 7, 6), normal(2, 6)
+    expected = jax.lax.conv_general_dilated(
+        x,
+        kernel[:, :, None],
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=6,
+    )
+    got = depthwise_conv(x, kernel, bias, jnp.float32)
+    np.testing.assert_allclose(got, expected + bias.reshape(1, 1, 1, -1), atol=2e-5)
+
+
+def test_upsampling_convolution_puts_each_pixel_in_its_own_patch():
+    x, kernel, bias = normal(0, 1, 3, 2, 4), normal(1, 4, 2, 2, 5), normal(2, 5)
+    got = upsample_conv(x, kernel, bias, jnp.float32)
+    expected = np.einsum("bhwi,ipqo->bhpwqo", x, kernel).reshape(1, 6, 4, 5) + np.asarray(bias)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def regions(area_limit: int, mask: np.ndarray) -> np.ndarray:
+    """Components of at most that area, by SciPy."""
+    labels, _ = scipy.ndimage.label(mask, structure=np.ones((3, 3)))
+    areas = np.bincount(labels.reshape(-1))
+    return mask & (areas[labels] <= area_limit)
+
+
+@pytest.mark.parametrize("area", [1, 8, 40])
+def test_small_holes_are_filled_and_no_others(area):
+    density = np.array([0.05, 0.3, 0.35, 0.42, 0.6, 1.0]).reshape(-1, 1, 1)
+    holes = np.random.default_rng(area).random((6, 40, 48)) < density
+    logits = np.where(holes, -1.0, 2.0).astype(np.float32)
+    filled = np.asarray(fill_holes(jnp.asarray(logits), area))
+    for got, given in zip(filled, logits, strict=True):
+        holes = regions(area, given <= 0)
+        np.testing.assert_array_equal(got, np.where(holes, np.float32(0.1), given))
+
+
+def test_a_snake_longer_than_the_area_is_no_hole():
+    mask = np.ones((12, 12), np.float32)
+    mask[1, 1:11] = mask[1:11, 10] = mask[10, 1:11] = -1  # 28 pixels in a thin line
+    for area, is_hole in ((27, False), (28, True)):
+        assert bool((fill_holes(mask[None], area) > 0).all()) == is_hole
+
+
+def test_stability_of_an_empty_mask_is_one():
+    masks = jnp.stack([jnp.full((4, 4), -5.0), jnp.zeros((4, 4)), jnp.full((4, 4), 5.0)])
+    assert stability_score(masks, 0.05).tolist() == [1.0, 0.0, 1.0]
+
+
+def test_pixels_go_to_the_highest_object():
+    masks = jnp.array([[[3.0, -20.0, 1.0]], [[2.0, -30.0, 4.0]]])
+    assert non_overlapping(masks).tolist() == [[[3.0, -20.0, -10.0]], [[-10.0, -30.0, 4.0]]]
+
+
+def test_bilinear_resizing_keeps_straight_lines_and_does_not_antialias_unless_asked():
+    ramp = jnp.broadcast_to(jnp.arange(8.0)[None, None, :, None], (1, 8, 8, 1))
+    up = resize_bilinear(ramp, 16, 16)[0, 0, :, 0]
+    np.testing.assert_allclose(up[1:-1], np.arange(16)[1:-1] / 2 - 0.25, atol=1e-6)
+    dots = jnp.zeros((1, 8, 8, 1)).at[:, ::4, ::4].set(1.0)
+    assert float(resize_bilinear(dots, 2, 2).max()) == 0.0  # falls between the samples
+    assert float(resize_bilinear(dots, 2, 2, antialias=True).min()) > 0.0
+
+
+def test_masks_of_many_frames_are_resized_alike():
+    masks = normal(0, 3, 2, 8, 8)
+    together = resize_masks(masks, (5, 12))
+    assert together.shape == (3, 2, 5, 12)
+    np.testing.assert_allclose(together[1], resize_masks(masks[1], (5, 12)), atol=1e-6)
+
+
+def test_preprocessed_frames_pass_through():
+    frame = normal(0, 1, 16, 16, 3)
+    np.testing.assert_array_equal(preprocess_image(frame, 16), frame)
+    grey = preprocess_image(jnp.full((1, 5, 9, 3), 127, jnp.uint8), 16)
+    assert grey.shape == (1, 16, 16, 3)
+    np.testing.assert_allclose(
+        grey[0, 0, 0], (127 / 255 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225], 1e-5
+    )
