@@ -6,9 +6,14 @@ import dataclasses
 import hashlib
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sam2jax.config import HieraConfig, MaskDecoderConfig, MemoryAttentionConfig, SAM2Config
+from sam2jax.convert.layouts import from_params, to_params
+from sam2jax.nn.sam2 import param_shapes
 
 # Gain of a matrix over 1/sqrt(fan_in). The exceptions are louder where few tokens among many, or
 # a hard threshold, would hide a parameter; the last layer before the masks is quieter, so that
@@ -49,6 +54,15 @@ def small_config(**overrides: Any) -> SAM2Config:
         image_size=128,
     )
     return dataclasses.replace(config, **overrides)
+
+
+def random_params(config: SAM2Config, seed: int = 0) -> Any:
+    """Live parameters (see `draw`) for any model: nested dicts of float32 arrays."""
+    shapes = flatten_dict(param_shapes(config), sep="/")
+    blank = {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in shapes.items()}
+    official = from_params(blank, "official")
+    drawn = {name: draw(name, value.shape, seed) for name, value in official.items()}
+    return jax.tree.map(jnp.asarray, unflatten_dict(to_params(drawn, "official"), sep="/"))
 
 
 def draw(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
