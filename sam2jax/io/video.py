@@ -43,7 +43,7 @@ class Video(abc.ABC):
     width: int
     num_frames: int
     fps: Fraction | None = None
-    size: int | None = None
+    size: int | None = None  # may be set until the first frame has been read
 
     def __len__(self) -> int:
         return self.num_frames
@@ -51,7 +51,10 @@ class Video(abc.ABC):
     def __getitem__(self, index: int) -> np.ndarray:
         if not -self.num_frames <= index < self.num_frames:
             raise IndexError(f"{self.name} has {self.num_frames} frames, not frame {index}.")
-        return self._image(self._read(index % self.num_frames))
+        try:
+            return self._image(self._read(index % self.num_frames))
+        except IndexError as error:  # the container promised more frames than it holds
+            raise IndexError(f"{self.name} ends before frame {index}.") from error
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (frame.image for frame in self.frames())

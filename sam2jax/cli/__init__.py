@@ -1,0 +1,40 @@
+"""The command line: `sam2jax COMMAND`. Each command is a file; they import what is heavy late."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sam2jax.cli.convert import convert
+from sam2jax.cli.info import info
+from sam2jax.cli.track import track
+from sam2jax.version import __version__
+
+app = typer.Typer(
+    name="sam2jax",
+    help="Segment Anything 2 in JAX: click on an object, get its mask in every frame.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+app.command()(track)
+app.command()(convert)
+app.command()(info)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sam2jax {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="And exit.")
+    ] = False,
+) -> None:
+    pass

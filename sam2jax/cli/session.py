@@ -1,0 +1,46 @@
+"""What every command shares: how errors are told, and where compiled programs are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Iterator
+
+import typer
+
+BAD_INPUT = 2  # the exit code, as for a mistyped option
+
+
+@contextlib.contextmanager
+def errors_told() -> Iterator[None]:
+    """Ends the program with one or two lines, and no traceback, where its input is at fault.
+
+    Termination (by a batch system, say) is made an exception, so that unfinished files go.
+    """
+    with contextlib.suppress(ValueError):  # only the main thread may
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(BAD_INPUT) from error
+
+
+def cache_folder() -> pathlib.Path:
+    """Where things are kept between runs: $SAM2JAX_CACHE, or sam2jax in the user's cache."""
+    given = os.environ.get("SAM2JAX_CACHE")
+    if given:
+        return pathlib.Path(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "sam2jax"
+
+
+def keep_compiled_programs() -> None:
+    """Makes JAX keep compiled programs on disk, unless the user has told it where already."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))

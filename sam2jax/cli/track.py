@@ -1,0 +1,194 @@
+"""`sam2jax track`: objects through a video."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from sam2jax.cli.prompts import (
+    BOX,
+    MASK,
+    POINT,
+    PromptTable,
+    check_against_video,
+    read_masks,
+    read_prompts,
+    to_prompts,
+)
+from sam2jax.cli.session import errors_told, keep_compiled_programs
+
+if TYPE_CHECKING:
+    from sam2jax.cli.loop import Result
+    from sam2jax.io.video import Video
+
+# As tqdm's own, but slow runs show frames per second too, not seconds per frame.
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+
+
+class DType(enum.StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def track(
+    video: Annotated[
+        pathlib.Path,
+        typer.Argument(metavar="VIDEO", help="A video file, or a folder of JPEG or PNG frames."),
+    ],
+    checkpoint: Annotated[
+        str, typer.Option(help="An official .pt, safetensors, what sam2jax saved, or a hub id.")
+    ],
+    point: Annotated[
+        list[str] | None,
+        typer.Option(metavar=POINT, help="A click, in pixels of the video. Label 0: not this."),
+    ] = None,
+    box: Annotated[
+        list[str] | None, typer.Option(metavar=BOX, help="A box around an object.")
+    ] = None,
+    mask: Annotated[
+        list[str] | None,
+        typer.Option(metavar=MASK, help="A picture of an object, bright on dark."),
+    ] = None,
+    prompts: Annotated[
+        pathlib.Path | None, typer.Option(metavar="FILE.json", help="A list of prompts, see above.")
+    ] = None,
+    out: Annotated[
+        pathlib.Path | None, typer.Option(metavar="OUT.mp4", help="The video with masks drawn in.")
+    ] = None,
+    masks: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            metavar="DIR|FILE.json|FILE.npz",
+            help="The masks: palette PNGs, COCO run lengths or arrays.",
+        ),
+    ] = None,
+    dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
+    image_size: Annotated[
+        int | None, typer.Option(help="What frames are resized to; by default the model's own.")
+    ] = None,
+    reverse: Annotated[
+        bool, typer.Option("--reverse", help="From the last prompted frame back to frame 0.")
+    ] = False,
+    apply_postprocessing: Annotated[
+        bool,
+        typer.Option(
+            "--apply-postprocessing/--no-postprocessing",
+            help="Whether to do as the official builders: fill holes, pick stable masks.",
+        ),
+    ] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Track objects through a video from clicks, boxes or masks.
+
+    Prompts can be given any number of times, for any object and frame; object 1, frame 0 and
+    label 1 (on the object) where not said. Tracking starts at the first prompted frame. Prompts
+    on later frames are taken into account from the start.
+
+    \b
+    Examples:
+      sam2jax track clip.mp4 --checkpoint sam2.1_hiera_tiny.pt --point 210,350 --out out.mp4
+      sam2jax track clip.mp4 --checkpoint sam2.1_hiera_tiny.pt --masks masks/ \\
+        --point 210,350 --point 250,220,0 --box 320,90,500,400@2 --point 400,150@2:60
+
+    \b
+    A file of prompts; paths of masks are relative to it:
+      [{"object": 1, "frame": 0, "points": [[210, 350], [250, 220]], "labels": [1, 0]},
+       {"object": 2, "frame": 0, "box": [320, 90, 500, 400]},
+       {"object": 3, "frame": 60, "mask": "mask.png"}]
+    """
+    with errors_told(), contextlib.ExitStack() as stack:
+        table = read_prompts(point or (), box or (), mask or (), prompts)
+        clip = stack.enter_context(_open(video, table))
+        mask_prompts = read_masks(table, clip.height, clip.width)
+        sinks = _open_sinks(stack, clip, table, out, masks)
+        _refuse_overwriting(video, out)
+        model, params = _load(checkpoint, image_size, dtype, apply_postprocessing)
+
+        from sam2jax.cli.loop import Job, run
+
+        size = clip.size = model.config.image_size
+        scale = (size / clip.width, size / clip.height)
+        job = Job(model, params, clip, to_prompts(table, mask_prompts, scale), reverse)
+        bar = functools.partial(
+            tqdm, total=len(job.indices), unit=" frames", bar_format=_BAR, disable=quiet
+        )
+        for result in run(job, original=out is not None, bar=bar):
+            for sink in sinks:
+                sink(result)
+
+
+def _open(path: pathlib.Path, table: PromptTable) -> Video:
+    from sam2jax.io.video import open_video
+
+    video = open_video(path)
+    check_against_video(table, len(video), video.name)
+    return video
+
+
+def _refuse_overwriting(video: pathlib.Path, out: pathlib.Path | None) -> None:
+    if out is not None and out.exists() and out.samefile(video):
+        raise ValueError(f"{out} is the input; give --out another name.")
+
+
+def _open_sinks(
+    stack: contextlib.ExitStack,
+    video: Video,
+    table: PromptTable,
+    out: pathlib.Path | None,
+    masks: pathlib.Path | None,
+) -> list[Callable[[Result], None]]:
+    """What to do with each result. The files appear when the stack is left without an error."""
+    from sam2jax.io.drawing import Marks, overlay
+    from sam2jax.io.masks import mask_writer
+    from sam2jax.io.writer import VideoWriter
+
+    ids = table.object_ids
+    sinks: list[Callable[[Result], None]] = []
+    if out is not None:
+        film = stack.enter_context(VideoWriter(out, video.fps, video.height, video.width))
+
+        def draw(result: Result) -> None:
+            assert result.original is not None
+            if result.masks is None:
+                film.write(result.original)
+                return
+            prompted = table.frames.get(result.index, {})
+            marks = [Marks(i, p.points, p.labels, p.box) for i, p in prompted.items()]
+            film.write(overlay(result.original, result.masks, ids, marks))
+
+        sinks.append(draw)
+    if masks is not None:
+        writer = stack.enter_context(mask_writer(masks))
+
+        def write(result: Result) -> None:
+            if result.masks is not None:
+                writer.write(result.index, video.frame_name(result.index), ids, result.masks)
+
+        sinks.append(write)
+    if not sinks:
+        raise ValueError("there is nothing to write: say where with --out or --masks.")
+    return sinks
+
+
+def _load(
+    checkpoint: str, image_size: int | None, dtype: DType, apply_postprocessing: bool
+) -> tuple[Any, Any]:
+    keep_compiled_programs()
+    from sam2jax.loading import has_memory, load
+
+    model, params = load(
+        checkpoint,
+        image_size=image_size,
+        dtype=dtype.value,
+        apply_postprocessing=apply_postprocessing,
+    )
+    if not has_memory(params):
+        raise ValueError(f"{checkpoint} is for images only and cannot track; give one for video.")
+    return model, params
