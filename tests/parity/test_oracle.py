@@ -6,12 +6,12 @@ import pathlib
 import av
 import numpy as np
 import pytest
-
-pytestmark = pytest.mark.parity
-torch = pytest.importorskip("torch")
+import torch
 
 from sam2jax.config import NO_POSTPROCESSING, VARIANTS, SAM2Config
 from tests import oracle
+
+pytestmark = pytest.mark.parity
 
 
 def at(name: str, image_size: int, **options) -> SAM2Config:
