@@ -1,0 +1,332 @@
+"""From any source to a model and its parameters; what cannot be loaded is said in a line or two."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import huggingface_hub
+import huggingface_hub.errors
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from sam2jax import convert
+from sam2jax.convert import huggingface, layouts, torch_file
+from sam2jax.io import checkpoints
+from sam2jax.loading import OPTIONS, has_memory, load, save
+from sam2jax.nn.sam2 import SAM2, param_shapes
+from sam2jax.testing import draw, small_config
+
+SMALL = small_config(hidden_dim=64, mem_dim=64)
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, np.ndarray]:
+    shapes = layouts.expected_shapes(SMALL, "official")
+    return {key: draw(key, shape) for key, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, state: dict[str, np.ndarray]) -> pathlib.Path:
+    """A folder with the same small model in every format."""
+    folder = tmp_path_factory.mktemp("saved")
+    params = layouts.to_params(state, "official")
+    convert.write(folder / "model.pt", params, SMALL)
+    convert.write(folder / "model.safetensors", params, SMALL)
+    convert.write(folder / "orbax", params, SMALL)
+    convert.write(folder / "hf", params, SMALL, "huggingface")
+    return folder
+
+
+# What is loaded ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors", "orbax", "hf", "."])
+def test_every_source_gives_the_same_model(
+    saved: pathlib.Path, state: dict[str, np.ndarray], name: str
+):
+    model, params = load(saved / name)
+    assert model == SAM2(SMALL)
+    assert has_memory(params)
+    expected = param_shapes(SMALL)
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
+    for leaf, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        assert isinstance(leaf, jax.Array)
+        assert (leaf.shape, leaf.dtype) == (wanted.shape, np.float32)
+    np.testing.assert_array_equal(
+        params["memory_attention"]["layers_1"]["linear2"]["kernel"],
+        state["memory_attention.layers.1.linear2.weight"].T,
+    )
+
+
+def test_saved_again_it_is_the_same(saved: pathlib.Path, tmp_path: pathlib.Path):
+    model, params = load(saved / "model.pt")
+    for name, given, to in (
+        ("a.safetensors", model, None),
+        ("a.pt", model.config, None),
+        ("a", model, None),
+        ("hf", model, "huggingface"),
+    ):
+        save(tmp_path / name, given, params, to=to)
+        again, loaded = load(tmp_path / name)
+        assert again == model
+        jax.tree.map(np.testing.assert_array_equal, params, loaded)
+
+
+def test_parameters_do_not_depend_on_the_file_afterwards(
+    saved: pathlib.Path, tmp_path: pathlib.Path, state: dict[str, np.ndarray]
+):
+    path = tmp_path / "model.pt"
+    shutil.copy(saved / "model.pt", path)
+    _, params = load(path)
+    path.write_bytes(bytes(path.stat().st_size))
+    bias = params["image_encoder"]["neck"]["convs_0"]["bias"]
+    np.testing.assert_array_equal(bias, state["image_encoder.neck.convs.0.conv.bias"])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_other_precisions_become_float32(
+    tmp_path: pathlib.Path, state: dict[str, np.ndarray], dtype: Any
+):
+    theirs = {k: v.astype(dtype) for k, v in huggingface.from_official(state).items()}
+    checkpoints.save_safetensors(tmp_path / "a.safetensors", theirs, SMALL)
+    _, params = load(tmp_path / "a.safetensors")
+    assert params["no_obj_ptr"].dtype == np.float32
+    np.testing.assert_array_equal(
+        params["no_obj_ptr"], state["no_obj_ptr"][0].astype(dtype).astype(np.float32)
+    )
+
+
+def test_fine_tuned_files_and_bare_state_dicts_load(
+    tmp_path: pathlib.Path, state: dict[str, np.ndarray]
+):
+    header = checkpoints.header(SMALL)
+    moments = {"state": {"0": {"exp_avg": np.ones((2, 2), np.float32)}}}
+    contents = {"model": state, "optimizer": moments, "epoch": 3, "sam2jax": header}
+    torch_file.save_torch(tmp_path / "tuned.pt", contents)
+    assert load(tmp_path / "tuned.pt")[0] == SAM2(SMALL)
+    # A file without our header, of a size that is nobody's, cannot say how many heads it has.
+    torch_file.save_torch(tmp_path / "bare.pt", state)
+    with pytest.raises(ValueError, match="bare.pt does not fit any official model; the nearest is"):
+        load(tmp_path / "bare.pt")
+
+
+def test_images_only_checkpoint_has_no_memory(tmp_path: pathlib.Path, state: dict[str, np.ndarray]):
+    params = {
+        name: value
+        for name, value in layouts.to_params(state, "official").items()
+        if name.split("/")[0] not in layouts.MEMORY_PARTS
+    }
+    convert.write(tmp_path / "hf", params, SMALL, "huggingface")
+    model, loaded = load(tmp_path / "hf")
+    assert not has_memory(loaded)
+    assert set(loaded) == {
+        "image_encoder",
+        "sam_prompt_encoder",
+        "sam_mask_decoder",
+        "no_mem_embed",
+    }
+    save(tmp_path / "again", model, loaded)
+    assert not has_memory(load(tmp_path / "again")[1])
+
+
+# Options -----------------------------------------------------------------------------------------
+
+
+def test_options_change_the_configuration_and_nothing_else(saved: pathlib.Path):
+    path = saved / "model.safetensors"
+    model, _ = load(path, image_size=256, dtype="bfloat16", max_cond_frames_in_attn=4)
+    assert model.config == dataclasses.replace(
+        SMALL, image_size=256, dtype="bfloat16", max_cond_frames_in_attn=4
+    )
+
+
+def test_explicit_options_win_over_apply_postprocessing(saved: pathlib.Path):
+    path = saved / "model.safetensors"
+    plain = load(path, apply_postprocessing=False)[0].config
+    assert plain == dataclasses.replace(
+        SMALL,
+        dynamic_multimask_via_stability=False,
+        binarize_mask_from_pts_for_mem_enc=False,
+        fill_hole_area=0,
+    )
+    mixed = load(path, apply_postprocessing=False, fill_hole_area=5)[0].config
+    assert mixed == dataclasses.replace(plain, fill_hole_area=5)
+
+
+def test_unknown_options_are_named(saved: pathlib.Path):
+    with pytest.raises(
+        TypeError, match="load has no option 'num_maskmem', 'size'; there are image"
+    ):
+        load(saved / "model.safetensors", size=3, num_maskmem=3)
+    assert set(OPTIONS) <= {field.name for field in dataclasses.fields(SMALL)}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"image_size": 1000}, "multiple of 32"),
+        ({"dtype": "float16"}, "dtype must be"),
+        ({"fill_hole_area": -1}, "must not be negative"),
+    ],
+)
+def test_impossible_values_are_refused(saved: pathlib.Path, options: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        load(saved / "model.safetensors", **options)
+
+
+# Sources that are none ---------------------------------------------------------------------------
+
+
+def test_nothing_of_that_name(tmp_path: pathlib.Path):
+    with pytest.raises(FileNotFoundError, match="there is no file or folder '.*none.pt'"):
+        load(tmp_path / "none.pt")
+    with pytest.raises(ValueError, match="'facebook/sam2.1-hiera-tiny' to download it"):
+        load("sam2.1_hiera_tiny")
+    with pytest.raises(FileNotFoundError, match="'checkpoints/none.pt'"):
+        load("checkpoints/none.pt")
+
+
+def test_files_that_are_no_checkpoints(tmp_path: pathlib.Path):
+    path = tmp_path / "a.safetensors"
+    for contents, words in (
+        (b"", "a.safetensors is empty"),
+        (b"\x89PNG and so on", "neither a .pt file nor a safetensors file"),
+        (b"\x40\0\0\0\0\0\0\0{not json", "damaged or unsupported safetensors file"),
+    ):
+        path.write_bytes(contents)
+        with pytest.raises(ValueError, match=words):
+            load(path)
+    safetensors.numpy.save_file({"conv1.weight": np.zeros((4, 4), np.float32)}, path)
+    with pytest.raises(ValueError, match="a.safetensors is not a SAM 2 checkpoint"):
+        load(path)
+    torch_file.save_torch(tmp_path / "a.pt", {"model": 3})
+    with pytest.raises(ValueError, match="a.pt holds no weights .* and it has model"):
+        load(tmp_path / "a.pt")
+
+
+def test_truncated_files(saved: pathlib.Path, tmp_path: pathlib.Path):
+    for name in ("model.pt", "model.safetensors"):
+        data = (saved / name).read_bytes()
+        (tmp_path / name).write_bytes(data[: len(data) // 2])
+        with pytest.raises(ValueError, match="download or copy\\s+it again"):
+            load(tmp_path / name)
+
+
+def test_folders_without_a_checkpoint(tmp_path: pathlib.Path):
+    with pytest.raises(ValueError, match="holds no checkpoint: neither sam2jax.json"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["params/state", "params/state/d", "params/state/_METADATA"])
+def test_damaged_orbax_folder(saved: pathlib.Path, tmp_path: pathlib.Path, lost: str):
+    shutil.copytree(saved / "orbax", tmp_path / "a")
+    target = tmp_path / "a" / lost
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    with pytest.raises(ValueError, match="a is a damaged Orbax checkpoint") as caught:
+        load(tmp_path / "a")
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ("not json", "a.safetensors is damaged: its configuration cannot be read"),
+        ("[]", "its configuration cannot be read"),
+        ({"version": 99, "config": {}}, "is of format 99, and this sam2jax reads 1"),
+        ({"version": 1, "config": {"depth": 3}}, "no field 'depth'"),
+        ({"version": 1, "config": {"image_size": 100}}, "multiple of 32"),
+        ({"version": 1, "config": {**SMALL.to_dict(), "hidden_dim": "wide"}}, "makes no model"),
+        ({"version": 1, "config": {**SMALL.to_dict(), "mem_dim": 32}}, "does not fit small_test"),
+    ],
+)
+def test_header_that_does_not_fit(
+    saved: pathlib.Path, tmp_path: pathlib.Path, header: Any, words: str
+):
+    tensors = safetensors.numpy.load_file(saved / "model.safetensors")
+    text = header if isinstance(header, str) else json.dumps(header)
+    path = tmp_path / "a.safetensors"
+    safetensors.numpy.save_file(tensors, path, {"sam2jax": text})
+    with pytest.raises(ValueError, match=words):
+        load(path)
+
+
+# The hub -----------------------------------------------------------------------------------------
+
+
+def test_hub_prefers_what_is_cached(saved: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    def cached(repo: str, name: str) -> str | None:
+        assert repo == "facebook/sam2.1-hiera-tiny"
+        return str(saved / "model.pt") if name == "sam2.1_hiera_tiny.pt" else None
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
+    assert load("facebook/sam2.1-hiera-tiny")[0] == SAM2(SMALL)
+
+
+def test_hub_downloads_what_the_repository_has(
+    saved: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked = []
+
+    def download(_: str, name: str) -> str:
+        asked.append(name)
+        if name == "model.safetensors":
+            raise huggingface_hub.errors.EntryNotFoundError("not here")
+        return str(saved / "model.pt")
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert load("facebook/sam2.1-hiera-base-plus")[0] == SAM2(SMALL)
+    assert asked == ["model.safetensors", "sam2.1_hiera_base_plus.pt"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (huggingface_hub.errors.LocalEntryNotFoundError("offline"), "hub cannot be reached"),
+        (huggingface_hub.errors.EntryNotFoundError("none"), "has neither model.safetensors nor my_model.pt"),
+        (OSError("no route\nto host"), "cannot be downloaded .*: no route$"),
+    ],
+)
+def test_hub_that_cannot_help(monkeypatch: pytest.MonkeyPatch, error: Exception, words: str):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(ValueError, match=words):
+        load("me/my-model")
+
+
+# Saving ------------------------------------------------------------------------------------------
+
+
+def test_parameters_of_another_model_are_not_saved(saved: pathlib.Path, tmp_path: pathlib.Path):
+    model, params = load(saved / "model.safetensors")
+    other = SAM2(dataclasses.replace(SMALL, num_maskmem=5))
+    with pytest.raises(ValueError, match=r"maskmem_tpos_enc \[7, 64\] instead of \[5, 64\]"):
+        save(tmp_path / "a.pt", other, params)
+    del params["no_obj_ptr"]
+    with pytest.raises(ValueError, match=r"does not fit small_test. .*: 1 missing \(no_obj_ptr\)"):
+        save(tmp_path / "a", model, params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_loading_imports_neither_torch_nor_transformers(saved: pathlib.Path):
+    code = (
+        "import sys, sam2jax.loading as l; l.load(sys.argv[1])\n"
+        "print([n for n in ('torch', 'transformers', 'av', 'orbax') if n in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(saved / "model.pt")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == "[]", done.stderr
