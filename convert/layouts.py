@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -165,4 +165,5 @@ def _param_shapes(config: SAM2Config) -> dict[str, tuple[int, ...]]:
     except Exception as error:  # the configuration may come from a file's header
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"the configuration {config.name!r} makes no model: {reason}") from error
-    return {name: leaf.shape for name, leaf in flatten_dict(tree, sep="/").items()}
+    leaves: dict[str, Any] = flatten_dict(tree, sep="/")
+    return {name: leaf.shape for name, leaf in leaves.items()}

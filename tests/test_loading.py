@@ -290,7 +290,10 @@ def test_hub_downloads_what_the_repository_has(
     ("error", "words"),
     [
         (huggingface_hub.errors.LocalEntryNotFoundError("offline"), "hub cannot be reached"),
-        (huggingface_hub.errors.EntryNotFoundError("none"), "has neither model.safetensors nor my_model.pt"),
+        (
+            huggingface_hub.errors.EntryNotFoundError("none"),
+            "neither model.safetensors nor my_model.pt",
+        ),
         (OSError("no route\nto host"), "cannot be downloaded .*: no route$"),
     ],
 )
