@@ -1,0 +1,487 @@
+"""Frames, pictures and masks: read in and written out."""
+
+import hashlib
+import json
+import os
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco
+
+from sam2jax.io import container, drawing, writer
+from sam2jax.io.images import list_frames, read_image, read_mask
+from sam2jax.io.masks import davis_palette, mask_writer
+from sam2jax.io.video import open_video
+from sam2jax.io.writer import VideoWriter
+from tests.clips import number, picture, write_clip, write_folder
+
+FORWARD = list(range(12))
+
+# Digests of frames 0, 37 and 199 of bedroom.mp4 as decord 0.6.0, the official decoder, gives them.
+DECORD = {
+    256: ("2d6f6fd1732707f5", "e28af93c39f2d4d5", "e77bf6c25d12529d"),
+    1024: ("530a459bc32a391d", "3c48998f8599be38", "b5542b29a52ae285"),
+}
+
+CLIPS = {
+    "clip.mp4": {},
+    "clip.mkv": {},
+    "clip.ts": {},
+    "clip.h264": {},
+    "clip.avi": {"codec": "mpeg4"},
+    "order.avi": {},
+    "clip.webm": {"codec": "libvpx-vp9"},
+    "sound.mp4": {"audio": True},
+    "open.mp4": {"options": {"x264-params": "open-gop=1"}},
+    "one_key.mp4": {"gop": 100},
+}
+
+
+def digest(frame):
+    return hashlib.sha256(frame.tobytes()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_containers_in_any_order(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(container, "_BUDGET", 0)  # the fewest frames are kept
+    with open_video(write_clip(tmp_path / name, **CLIPS[name]), 32) as video:
+        assert (len(video), video.height, video.width, video.fps) == (12, 48, 64, 25)
+        assert [number(frame) for frame in video] == FORWARD
+        backward = []
+        for frame in video.frames(reverse=True, original=True):
+            assert frame.image.shape == (32, 32, 3) and frame.image.dtype == np.uint8
+            assert frame.original.shape == (48, 64, 3)
+            assert number(frame.original) == number(frame.image) == frame.index
+            assert len(video._kept) <= 8
+            backward.append(frame.index)
+        assert backward == FORWARD[::-1]
+        for index in (7, 3, 3, 11, 0, 8, -1):
+            assert number(video[index]) == index % 12
+        assert [frame.index for frame in video.frames(4, 7)] == [4, 5, 6]
+        with pytest.raises(IndexError, match="12 frames"):
+            video[12]
+
+
+def test_backward_run_does_not_decode_everything_for_every_frame(tmp_path):
+    video = open_video(write_clip(tmp_path / "clip.mp4", 20, gop=5), 32)
+    decoded, decode = [], video._decode
+    video._decode = lambda: decoded.append(1) or decode()
+    assert [number(f.image) for f in video.frames(3, 20, reverse=True)] == list(range(3, 20))[::-1]
+    assert len(decoded) <= 20  # each group of five once
+
+
+def test_uneven_frame_times(tmp_path):
+    times = [0, 1, 5, 6, 7, 20, 21, 22, 30, 31, 40, 41]
+    video = open_video(write_clip(tmp_path / "clip.mp4", times=times), 32)
+    assert [number(frame) for frame in video] == FORWARD
+    assert number(video[6]) == 6
+    assert 5 < video.fps < 10
+
+
+def test_video_from_bytes(tmp_path):
+    data = write_clip(tmp_path / "clip.mp4").read_bytes()
+    assert [number(frame) for frame in open_video(data, 32)] == FORWARD
+
+
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_rotation_is_applied(tmp_path, rotation):
+    plain = open_video(write_clip(tmp_path / "plain.mp4"), 32)
+    turned = open_video(write_clip(tmp_path / "turned.mp4", rotation=rotation), 32)
+    expected = np.rot90(plain[3], rotation // 90)
+    (original,) = (f.original for f in turned.frames(3, 4, original=True))
+    assert (turned.height, turned.width) == ((64, 48) if rotation % 180 else (48, 64))
+    assert original.shape == (turned.height, turned.width, 3)
+    # Two scalers disagree along the dark corner's edge only.
+    wrong = np.abs(turned[3].astype(int) - expected).max(-1) > 8
+    assert wrong.mean() < 0.1
+    corners = {90: (-1, 0), 180: (-1, -1), 270: (0, -1)}[rotation]
+    assert turned[3][corners].max() < 20 and original[corners].max() < 20
+
+
+def test_recording_that_starts_between_key_frames(tmp_path):
+    data = write_clip(tmp_path / "clip.ts", 12, gop=5).read_bytes()
+    packets = [data[i : i + 188] for i in range(0, len(data), 188)]
+    # Tables first, then from the third picture of the first group on.
+    (tmp_path / "cut.ts").write_bytes(b"".join(packets[:3] + packets[6:]))
+    video = open_video(tmp_path / "cut.ts", 32)
+    forward = [number(frame) for frame in video]
+    assert forward == list(range(forward[0], 12)) and len(video) == len(forward) < 12
+    assert [number(f.image) for f in video.frames(reverse=True)] == forward[::-1]
+
+
+def test_times_that_repeat_are_not_used(tmp_path):
+    data = write_clip(tmp_path / "clip.ts").read_bytes()
+    (tmp_path / "twice.ts").write_bytes(data + data)
+    video = open_video(tmp_path / "twice.ts", 32)
+    assert [number(frame) for frame in video] == FORWARD + FORWARD
+    assert [number(f.image) for f in video.frames(reverse=True)] == (FORWARD + FORWARD)[::-1]
+
+
+def test_a_file_that_ends_early_is_shorter(tmp_path):
+    video = open_video(write_clip(tmp_path / "clip.mp4"), 32)
+    video.num_frames = 15  # as if three packets gave no picture
+    assert [f.index for f in video.frames()] == FORWARD
+    assert len(video) == 12
+
+
+@pytest.mark.parametrize("size", sorted(DECORD))
+def test_mp4_equals_the_official_decoder(media, size):
+    with open_video(media / "bedroom.mp4", size) as video:
+        assert len(video) == 200
+        assert tuple(digest(video[i]) for i in (0, 37, 199)) == DECORD[size]
+
+
+def test_original_size_equals_ffmpeg(media):
+    with open_video(media / "bedroom.mp4") as video, av.open(str(media / "bedroom.mp4")) as film:
+        expected = next(film.decode(video=0)).to_ndarray(format="rgb24")
+        np.testing.assert_array_equal(video[0], expected)
+
+
+def test_folder_equals_the_official_loader(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "00000.jpg")
+    video = open_video(tmp_path, 32)
+    expected = Image.open(tmp_path / "00000.jpg").convert("RGB").resize((32, 32))
+    np.testing.assert_array_equal(video[0], np.asarray(expected))
+    (frame,) = video.frames(original=True)
+    assert frame.original.shape == (48, 64, 3)
+    np.testing.assert_array_equal(frame.original, read_image(tmp_path / "00000.jpg"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["1.png", "2.jpg", "10.JPEG", "0011.png"],
+        ["shot2.png", "shot10.png", "shot10b.png"],
+        ["a.png", "a-1.png", "b.png"][1:] + ["c.png"],
+    ],
+)
+def test_folder_order(tmp_path, names):
+    folder = write_folder(tmp_path / "frames", names)
+    for other in ("notes.txt", "._1.png", "masks.npz"):
+        (folder / other).write_bytes(b"not a frame")
+    assert [path.name for path in list_frames(folder)] == names
+    video = open_video(folder, 32)
+    assert [number(frame) for frame in video] == list(range(len(names)))
+    assert [number(f.image) for f in video.frames(reverse=True)] == list(range(len(names)))[::-1]
+    assert video.frame_name(1) == names[1].rsplit(".", 1)[0]
+
+
+def test_single_picture_is_a_clip_of_one_frame(tmp_path):
+    write_folder(tmp_path, ["only.png"])
+    assert len(open_video(tmp_path / "only.png", 32)) == 1
+
+
+def test_array_is_passed_through():
+    frames = np.stack([picture(i, 48, 64) for i in range(3)])
+    video = open_video(frames, 32)
+    assert (len(video), video.height, video.width) == (3, 48, 64)
+    np.testing.assert_array_equal(np.stack(list(video)), frames)
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((2, 4, 4, 3)), np.zeros((4, 4, 3), np.uint8), np.zeros((0, 4, 4, 3), "u1")]
+)
+def test_array_of_another_kind_is_refused(array):
+    with pytest.raises(ValueError, match="uint8|empty"):
+        open_video(array)
+
+
+def broken_videos(folder):
+    """(name, what the message says) of files that are no whole videos."""
+    good = write_clip(folder / "good.mp4").read_bytes()
+    options = {"movflags": "+faststart"}
+    fast = write_clip(folder / "fast.mp4", noise=True, options=options).read_bytes()
+    film = write_clip(folder / "good.mkv", noise=True).read_bytes()
+    files = {
+        "empty.mp4": (b"", "is empty"),
+        "text.mp4": (b"hello, this is no video\n" * 50, "not a video"),
+        "notes.txt": (b"hello, this is no video\n" * 50, "no video"),
+        "half.mp4": (good[: len(good) // 2], "not a video"),
+        "half_fast.mp4": (fast[: len(fast) // 2], "truncated"),
+        "half.mkv": (film[: len(film) // 2], "truncated"),
+        "damaged.mp4": (damage(fast), "damaged"),
+    }
+    for name, (data, _) in files.items():
+        (folder / name).write_bytes(data)
+    return {name: message for name, (_, message) in files.items()}
+
+
+def damage(data):
+    middle = len(data) * 2 // 3
+    return data[:middle] + bytes(3000) + data[middle + 3000 :]
+
+
+def test_broken_videos_are_refused(tmp_path):
+    for name, message in broken_videos(tmp_path).items():
+        with pytest.raises(ValueError, match=message) as error:
+            for _ in open_video(tmp_path / name, 32):
+                pass
+        assert name in str(error.value) and str(error.value).count("\n") < 2
+
+
+def test_missing_video_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no video"):
+        open_video(tmp_path / "missing.mp4")
+
+
+def test_sound_alone_is_refused(tmp_path):
+    with av.open(str(tmp_path / "sound.mp4"), "w") as film:
+        sound = film.add_stream("aac", rate=44100, layout="mono")
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        silence.rate = 44100
+        film.mux(sound.encode(silence))
+        film.mux(sound.encode(None))
+    with pytest.raises(ValueError, match="holds no video"):
+        open_video(tmp_path / "sound.mp4")
+
+
+def test_video_without_frames_is_refused(tmp_path):
+    with av.open(str(tmp_path / "none.mkv"), "w") as film:
+        stream = film.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        film.start_encoding()
+    with pytest.raises(ValueError, match="no frames|not a video"):
+        open_video(tmp_path / "none.mkv")
+
+
+def test_video_of_changing_size_is_refused(tmp_path):
+    parts = [write_clip(tmp_path / f"{h}.ts", height=h).read_bytes() for h in (48, 96)]
+    (tmp_path / "both.ts").write_bytes(b"".join(parts))
+    with pytest.raises(ValueError, match="changes its size at frame 12"):
+        list(open_video(tmp_path / "both.ts", 32))
+
+
+def test_bad_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no frames"):
+        open_video(write_folder(tmp_path / "empty", []))
+    with pytest.raises(ValueError, match="more than one file for frame 1"):
+        open_video(write_folder(tmp_path / "twice", ["1.png", "1.jpg"]))
+    mixed = write_folder(tmp_path / "mixed", ["0.png"])
+    write_folder(mixed, ["1.png"], height=32)
+    with pytest.raises(ValueError, match="1.png is 64x32.*same size"):
+        open_video(mixed)
+    broken = write_folder(tmp_path / "broken", ["0.png", "1.png"])
+    (broken / "1.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="1.png is not an image"):
+        open_video(broken)
+    cut = write_folder(tmp_path / "cut", ["0.jpg"])
+    (cut / "0.jpg").write_bytes((cut / "0.jpg").read_bytes()[:-200])
+    with pytest.raises(ValueError, match="0.jpg is not an image"):
+        open_video(cut)[0]
+
+
+def test_matroska_length():
+    header = b"\x1a\x45\xdf\xa3\x84abcd" + b"\x18\x53\x80\x67"
+    assert container._matroska_length(header + b"\x01" + (1000).to_bytes(7, "big")) == 1021
+    assert container._matroska_length(header + b"\x01" + b"\xff" * 7) is None  # a live stream
+    assert container._matroska_length(b"\x00\x00\x00\x18ftypmp42") is None
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.mkv", "out.mov"])
+@pytest.mark.parametrize("height,width", [(48, 64), (47, 63)])
+def test_video_writer(tmp_path, name, height, width):
+    frames = [picture(i, height, width) for i in range(5)]
+    with VideoWriter(tmp_path / name, Fraction(30000, 1001), height, width) as film:
+        for frame in frames:
+            film.write(frame)
+        assert not (tmp_path / name).exists()
+    video = open_video(tmp_path / name)
+    even = (height + height % 2, width + width % 2)
+    assert (len(video), video.height, video.width) == (5, *even)
+    assert video.fps == Fraction(30000, 1001) or name.endswith("mkv")
+    for got, frame in zip(video, frames, strict=True):
+        assert np.abs(got[:height, :width].astype(int) - frame).mean() < 3
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_video_writer_without_x264(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "_ENCODERS", {"none": {}, "mpeg4": writer._ENCODERS["mpeg4"]})
+    with VideoWriter(tmp_path / "out.mp4", 25, 48, 64) as film:
+        film.write(picture(3, 48, 64))
+    assert number(open_video(tmp_path / "out.mp4")[0]) == 3
+    monkeypatch.setattr(writer, "_ENCODERS", {"none": {}})
+    with pytest.raises(ValueError, match="no video encoder"):
+        VideoWriter(tmp_path / "other.mp4", 25, 48, 64).__enter__()
+    assert os.listdir(tmp_path) == ["out.mp4"]
+
+
+def test_video_writer_leaves_nothing_behind(tmp_path):
+    with pytest.raises(RuntimeError), VideoWriter(tmp_path / "out.mp4", 25, 48, 64) as film:
+        film.write(picture(0, 48, 64))
+        raise RuntimeError
+    with pytest.raises(ValueError, match="no frame"), VideoWriter(tmp_path / "a.mp4", 25, 48, 64):
+        pass
+    with pytest.raises(ValueError, match="uint8"), VideoWriter(tmp_path / "a.mp4", 25, 48, 64) as f:
+        f.write(picture(0, 48, 60))
+    with pytest.raises(ValueError, match="must end in .mp4"):
+        VideoWriter(tmp_path / "out.gif", 25, 48, 64)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        VideoWriter(tmp_path / "no" / "out.mp4", 25, 48, 64).__enter__()
+    assert os.listdir(tmp_path) == []
+
+
+def test_overlay():
+    frame = np.full((60, 80, 3), 100, np.uint8)
+    masks = np.zeros((2, 60, 80), bool)
+    masks[0, 10:40, 10:40] = True
+    before = frame.copy()
+    drawn = drawing.overlay(frame, masks, [1, 2], opacity=0.5)
+    np.testing.assert_array_equal(frame, before)
+    color = np.array(drawing.color(1))
+    np.testing.assert_array_equal(drawn[10, 10:40], np.tile(color, (30, 1)))  # the contour
+    assert np.abs(drawn[25, 25] - (100 + color) / 2).max() <= 1
+    changed = (drawn != frame).any(-1)
+    np.testing.assert_array_equal(changed, masks[0])
+
+
+def test_contour_stops_at_the_border_of_the_picture():
+    mask = np.zeros((20, 20), bool)
+    mask[:10] = True
+    expected = np.zeros_like(mask)
+    expected[8:10] = True
+    np.testing.assert_array_equal(drawing.contour(mask, 2), expected)
+
+
+def test_prompts_are_drawn():
+    frame = np.zeros((270, 270, 3), np.uint8)
+    none = np.zeros((1, 270, 270), bool)
+    marks = [drawing.Marks(1, [(50.0, 60.0), (150.0, 60.0)], [1, 0], (200, 200, 240, 250))]
+    drawn = drawing.overlay(frame, none, [1], marks)
+    white = (drawn == 255).all(-1)
+    assert white[60, 50] and white[58, 50] and white[60, 150] and not white[58, 150]
+    assert white[200, 220] and tuple(drawn[201, 220]) == drawing.color(1)
+    assert not drawn[100:190].any()
+
+
+def test_colors_are_distinct():
+    colors = np.array([drawing.color(i) for i in range(1, 31)], int)
+    distance = np.abs(colors[:, None] - colors[None]).sum(-1) + 1000 * np.eye(30, dtype=int)
+    assert distance.min() > 15
+
+
+def test_overlay_refuses_masks_of_another_size():
+    with pytest.raises(ValueError, match=r"masks must be \[1, 8, 8\]"):
+        drawing.overlay(np.zeros((8, 8, 3), np.uint8), np.zeros((1, 4, 4), bool), [1])
+
+
+@pytest.fixture
+def masks():
+    """Two frames of objects 3, 1 and 7: overlapping, and the last one absent."""
+    masks = np.zeros((2, 3, 20, 30), bool)
+    masks[:, 0, 2:10, 3:20] = True
+    masks[:, 1, 5:15, 10:25] = True
+    masks[1] = np.roll(masks[1], 1, -1)
+    return masks
+
+
+def write_masks(path, masks):
+    with mask_writer(path) as out:
+        for i, frame in enumerate(masks):
+            out.write(i + 4, f"{i + 4:05d}", [3, 1, 7], frame)
+        assert not path.exists()
+
+
+def test_palette_masks(tmp_path, masks):
+    write_masks(tmp_path / "masks", masks)
+    assert sorted(os.listdir(tmp_path / "masks")) == ["00004.png", "00005.png"]
+    with Image.open(tmp_path / "masks" / "00005.png") as image:
+        assert image.mode == "P"
+        np.testing.assert_array_equal(image.getpalette(), list(davis_palette()))
+        expected = np.where(masks[1, 1], 1, np.where(masks[1, 0], 3, 0))  # the lowest id wins
+        np.testing.assert_array_equal(np.asarray(image), expected)
+
+
+def test_davis_palette():
+    colors = np.frombuffer(davis_palette(), np.uint8).reshape(256, 3)
+    assert colors[[0, 1, 2, 5, 8, 22, 255]].tolist() == [
+        [0, 0, 0],
+        [128, 0, 0],
+        [0, 128, 0],
+        [128, 0, 128],
+        [64, 0, 0],
+        [0, 192, 128],
+        [224, 224, 192],
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
+def test_run_length_masks(tmp_path, masks):
+    write_masks(tmp_path / "masks.json", masks)
+    records = json.loads((tmp_path / "masks.json").read_text())
+    assert [(r["image_id"], r["file_name"], r["category_id"]) for r in records] == [
+        (i, f"{i:05d}", object_id) for i in (4, 5) for object_id in (3, 1, 7)
+    ]
+    for record, mask in zip(records, masks.reshape(-1, 20, 30), strict=True):
+        np.testing.assert_array_equal(coco.decode(record["segmentation"]), mask)
+        assert record["area"] == mask.sum()
+    assert records[1]["bbox"] == [10, 5, 15, 10]
+
+
+def test_array_masks(tmp_path, masks):
+    write_masks(tmp_path / "masks.npz", masks)
+    with np.load(tmp_path / "masks.npz") as saved:
+        assert saved["object_ids"].tolist() == [3, 1, 7]
+        assert saved["frames"].tolist() == [4, 5]
+        for i, frame in enumerate(masks):
+            assert saved[f"{i + 4:05d}"].dtype == np.bool_
+            np.testing.assert_array_equal(saved[f"{i + 4:05d}"], frame)
+
+
+@pytest.mark.parametrize("name", ["masks", "masks.json", "masks.npz"])
+def test_mask_writers_leave_nothing_behind(tmp_path, masks, name):
+    with pytest.raises(RuntimeError), mask_writer(tmp_path / name) as out:
+        out.write(0, "00000", [3, 1, 7], masks[0])
+        raise RuntimeError
+    with pytest.raises(ValueError, match="bool"), mask_writer(tmp_path / name) as out:
+        out.write(0, "00000", [1, 2], masks[0])
+    with pytest.raises(FileNotFoundError):
+        mask_writer(tmp_path / "no" / name).__enter__()
+    assert os.listdir(tmp_path) == []
+
+
+def test_mask_writers_refuse_what_they_cannot_hold(tmp_path, masks):
+    with pytest.raises(ValueError, match=r"must end in \.json"):
+        mask_writer(tmp_path / "masks.zip")
+    with pytest.raises(ValueError, match="1 to 255"), mask_writer(tmp_path / "masks") as out:
+        out.write(0, "00000", [0, 1, 2], masks[0])
+    with pytest.raises(ValueError, match="changed"), mask_writer(tmp_path / "masks.npz") as out:
+        out.write(0, "00000", [1, 2, 3], masks[0])
+        out.write(1, "00001", [1, 2, 4], masks[0])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match="exists already"):
+        mask_writer(tmp_path / "full").__enter__()
+
+
+@pytest.mark.parametrize("mode,value", [("L", 255), ("L", 1), ("1", 1), ("P", 2), ("RGB", 255)])
+def test_mask_prompts_are_read(tmp_path, mode, value):
+    mask = np.zeros((20, 30), bool)
+    mask[4:9, 5:11] = True
+    values = (mask * value).astype(np.uint8)
+    image = Image.fromarray(np.stack([values] * 3, -1) if mode == "RGB" else values)
+    if mode == "P":
+        image.putpalette(davis_palette())
+    elif mode == "1":
+        image = Image.fromarray(mask)
+    assert image.mode == mode
+    image.save(tmp_path / "mask.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), mask)
+
+
+def test_bad_mask_prompts_are_refused(tmp_path):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "empty.png")
+    with pytest.raises(ValueError, match="empty mask"):
+        read_mask(tmp_path / "empty.png")
+    several = Image.fromarray(np.arange(4, dtype=np.uint8).repeat(4).reshape(4, 4))
+    several.save(tmp_path / "grey.png")
+    several.putpalette(davis_palette())
+    several.save(tmp_path / "several.png")
+    for name in ("grey.png", "several.png"):
+        with pytest.raises(ValueError, match=r"several objects \(1, 2, 3\)"):
+            read_mask(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        read_mask(tmp_path / "missing.png")
