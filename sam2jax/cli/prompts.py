@@ -60,7 +60,7 @@ class PromptTable:
         x, y, label = (*values, 1) if len(values) == 2 else values
         if label not in _LABELS:
             raise ValueError(
-                f"label {label:g}: expected 1 (on the object) or 0 (not on it); 2 and 3 are a "
+                f"label {label}: expected 1 (on the object) or 0 (not on it); 2 and 3 are a "
                 "box's corners, -1 is no point."
             )
         entry = self.entry(object_id, frame)
