@@ -20,6 +20,15 @@ def pytest_report_header() -> list[str]:
     return [f"parity tests are left out: no {', '.join(missing)}"] if missing else []
 
 
+@pytest.fixture(autouse=True)
+def quick_compilation(request: pytest.FixtureRequest):
+    """Compiling is most of the time of tests on small models; real sizes are worth optimising."""
+    small = "parity" not in request.keywords
+    jax.config.update("jax_disable_most_optimizations", small)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def media() -> pathlib.Path:
     """The folder of real clips and images: $SAM2JAX_MEDIA, or shared/media beside the checkout."""
