@@ -23,8 +23,7 @@ def pytest_report_header() -> list[str]:
 @pytest.fixture(autouse=True)
 def quick_compilation(request: pytest.FixtureRequest):
     """Compiling is most of the time of tests on small models; real sizes are worth optimising."""
-    small = "parity" not in request.keywords
-    jax.config.update("jax_disable_most_optimizations", small)
+    jax.config.update("jax_disable_most_optimizations", "slow" not in request.keywords)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
