@@ -8,6 +8,8 @@ import pytest
 from sam2jax.config import NO_POSTPROCESSING
 from sam2jax.testing import small_config
 from tests.parity.clips import (
+    REAL,
+    SMALL,
     Prompt,
     click,
     compare,
