@@ -65,6 +65,6 @@ def convert(
         dest_format=form,
         num_tensors=len(checkpoint.tensors),
         num_parameters=sum(value.size for value in params.values()),
-        images_only=checkpoint.images_only,
+        images_only=checkpoint.config.images_only,
         largest_difference=largest_difference(checkpoint, dest) if verify else None,
     )

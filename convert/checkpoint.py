@@ -18,7 +18,6 @@ from sam2jax.convert.layouts import (
     check,
     from_params,
     identify,
-    is_images_only,
     layout_of,
     to_params,
 )
@@ -40,10 +39,6 @@ class Checkpoint:
     config: SAM2Config
     layout: Layout
     tensors: Mapping[str, np.ndarray]  # named and shaped as the source has them; may be views
-
-    @property
-    def images_only(self) -> bool:
-        return is_images_only(self.tensors, self.layout)
 
     def params(self) -> dict[str, np.ndarray]:
         """Its parameters as a flat dict, `a/b/c`: new float32 arrays."""
@@ -99,14 +94,13 @@ def write(
     """
     to = format_for(dest, to)
     check(params, config, "sam2jax", "what is to be saved")
-    images_only = is_images_only(params, "sam2jax")
     match to:
         case "orbax":
             checkpoints.save_orbax(dest, params, config)
         case "safetensors":
             checkpoints.save_safetensors(dest, params, config)
         case "official":
-            if images_only:
+            if config.images_only:
                 raise ValueError(
                     "an official checkpoint has the memory's parameters, and these are for images "
                     "only; use the format huggingface, safetensors or orbax."
@@ -119,7 +113,7 @@ def write(
             with atomic_dir(dest) as temporary:
                 tensors = from_params(params, to)
                 checkpoints.save_safetensors(temporary / _HF_WEIGHTS, tensors, config, format="pt")
-                text = json.dumps(huggingface.config_json(config, images_only), indent=2)
+                text = json.dumps(huggingface.config_json(config), indent=2)
                 (temporary / "config.json").write_text(text + "\n")
     return to
 

@@ -154,7 +154,7 @@ def from_official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def config_json(config: SAM2Config, images_only: bool) -> dict[str, Any]:
+def config_json(config: SAM2Config) -> dict[str, Any]:
     """The `config.json` from which `transformers` builds the same model.
 
     Raises:
@@ -213,7 +213,7 @@ def config_json(config: SAM2Config, images_only: bool) -> dict[str, Any]:
             },
         },
     }
-    if images_only:
+    if config.images_only:
         return {"model_type": "sam2", "architectures": ["Sam2Model"], **shared}
     attention = config.memory_attention
     return {

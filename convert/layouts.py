@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 
 from sam2jax.config import VARIANTS, SAM2Config
 from sam2jax.convert import huggingface
-from sam2jax.convert.rules import MEMORY_PARTS, OFFICIAL, rename, shorten
+from sam2jax.convert.rules import OFFICIAL, rename, shorten
 from sam2jax.nn.sam2 import param_shapes
 
 Layout = Literal["sam2jax", "official", "huggingface"]
@@ -102,7 +102,9 @@ def identify(tensors: Tensors, layout: Layout) -> SAM2Config:
     candidates = (c for c in VARIANTS.values() if c.name.startswith(f"{version}_"))
     nearest = min(candidates, key=distance)
     # Without memory the two versions are the same model.
-    return dataclasses.replace(nearest, name=f"{nearest.name}_images") if images_only else nearest
+    if not images_only:
+        return nearest
+    return dataclasses.replace(nearest, name=f"{nearest.name}_images", images_only=True)
 
 
 def check(
@@ -116,7 +118,7 @@ def check(
     Raises:
         ValueError: with the number and the first few of what is missing, unexpected and misshapen.
     """
-    expected = expected_shapes(config, layout, is_images_only(tensors, layout))
+    expected = expected_shapes(config, layout)
     missing = [key for key in expected if key not in tensors]
     unexpected = [key for key in tensors if key not in expected]
     misshapen = [
@@ -141,9 +143,7 @@ def check(
         )
 
 
-def expected_shapes(
-    config: SAM2Config, layout: Layout, images_only: bool = False
-) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: SAM2Config, layout: Layout) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a checkpoint of this model has.
 
     Raises:
@@ -153,7 +153,6 @@ def expected_shapes(
         # A view of one number: it has a shape, and costs nothing.
         name: np.broadcast_to(np.float32(0), shape)
         for name, shape in _param_shapes(config).items()
-        if not (images_only and name.split("/")[0] in MEMORY_PARTS)
     }
     return {key: value.shape for key, value in from_params(params, layout).items()}
 

@@ -108,15 +108,6 @@ EMBEDDINGS: tuple[str, ...] = (  # `nn.Embedding`: its `weight` is the parameter
     f"{_DECODER}.obj_score_token",
 )
 
-# Roots of what only tracking uses: a checkpoint without them is for images only.
-MEMORY_PARTS = frozenset(
-    {
-        *("memory_attention", "memory_encoder", "mask_downsample", "maskmem_tpos_enc"),
-        *("no_mem_pos_enc", "no_obj_ptr", "no_obj_embed_spatial"),
-        *("obj_ptr_proj", "obj_ptr_tpos_proj"),
-    }
-)
-
 
 def _path(key: str) -> str:
     """`neck.convs.#.conv` -> `neck/convs_#`: the name of a module here."""

@@ -74,6 +74,8 @@ class SAM2Config:
     # What SAM 2.1 added to SAM 2.0.
     no_obj_embed_spatial: bool = True
     add_tpos_enc_to_obj_ptrs: bool = True
+    # A checkpoint without the memory's parts, which can segment images but not track.
+    images_only: bool = False
 
     image_size: int = 1024
     dtype: DType = "float32"

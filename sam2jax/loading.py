@@ -49,8 +49,8 @@ def load(
             word.
 
     Returns:
-        The model, and its parameters as a nested dict of float32 arrays. Those of a checkpoint
-        for images only lack the memory's parts (`has_memory`).
+        The model, and its parameters as a nested dict of float32 arrays. A checkpoint for images
+        only gives a model without the memory's parts (`model.config.images_only`).
 
     Raises:
         FileNotFoundError: there is nothing of that name.
@@ -95,8 +95,3 @@ def save(
     config = model.config if isinstance(model, SAM2) else model
     flat = flatten_dict(params, sep="/")
     convert.write(path, {k: np.asarray(v, np.float32) for k, v in flat.items()}, config, to)
-
-
-def has_memory(params: Any) -> bool:
-    """Whether these parameters can track; those of a checkpoint for images only cannot."""
-    return "memory_attention" in params

@@ -1,7 +1,9 @@
 """The converter: tables there and back, every format, and nothing left half done."""
 
+import dataclasses
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -12,7 +14,7 @@ from sam2jax import convert
 from sam2jax.config import VARIANTS, SAM2Config
 from sam2jax.convert import huggingface, layouts, torch_file
 from sam2jax.convert.__main__ import main
-from sam2jax.convert.rules import MEMORY_PARTS, OFFICIAL, Rule, move_axes, rename, shorten
+from sam2jax.convert.rules import OFFICIAL, Rule, move_axes, rename, shorten
 from sam2jax.convert.verify import largest_difference
 from sam2jax.testing import draw, small_config
 from tests.conftest import ROOT
@@ -133,12 +135,6 @@ def any_renamed(keys: list[str], rule: Rule) -> bool:
     return False
 
 
-def test_memory_parts_are_what_images_do_not_need():
-    video = {key.split(".")[0] for key in official_shapes("sam2.1_hiera_tiny")}
-    images = {"image_encoder", "sam_prompt_encoder", "sam_mask_decoder", "no_mem_embed"}
-    assert video - images == MEMORY_PARTS
-
-
 def test_rename_refuses_what_is_not_one_to_one():
     value = np.zeros(2)
     with pytest.raises(ValueError, match="two rules claim 'a.1'"):
@@ -192,13 +188,11 @@ def test_other_models_are_told_apart():
 
 
 def test_official_checkpoint_without_memory_is_damaged():
-    tensors = {
-        key: value
-        for key, value in hollow(official_shapes("sam2_hiera_small")).items()
-        if key.split(".")[0] not in MEMORY_PARTS
-    }
+    tensors = images_part(hollow(official_shapes("sam2_hiera_small")))
     config = layouts.identify(tensors, "official")
-    with pytest.raises(ValueError, match=r"sam2_hiera_small. .*: 157 missing \(mask_downsample.bias"):
+    with pytest.raises(
+        ValueError, match=r"sam2_hiera_small. .*: 157 missing \(mask_downsample.bias"
+    ):
         layouts.check(tensors, config, "official", "it.pt")
 
 
@@ -252,15 +246,17 @@ def test_verify_notices_a_changed_number(
     assert difference == pytest.approx(0.25, rel=1e-4)
 
 
+def images_part(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    images = ("image_encoder", "sam_prompt_encoder", "sam_mask_decoder", "no_mem_embed")
+    return {name: value for name, value in params.items() if re.split("[./]", name)[0] in images}
+
+
 def test_images_only_checkpoint_keeps_what_it_has(
     tmp_path: pathlib.Path, state: dict[str, np.ndarray]
 ):
-    params = {
-        name: value
-        for name, value in layouts.to_params(state, "official").items()
-        if name.split("/")[0] not in MEMORY_PARTS
-    }
-    convert.write(tmp_path / "hf", params, SMALL, "huggingface")
+    config = dataclasses.replace(SMALL, images_only=True)
+    params = images_part(layouts.to_params(state, "official"))
+    convert.write(tmp_path / "hf", params, config, "huggingface")
     assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"] == "sam2"
     for name in ("a.safetensors", "orbax"):
         summary = convert.convert(tmp_path / "hf", tmp_path / name, verify=True)

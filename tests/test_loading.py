@@ -11,15 +11,18 @@ from typing import Any
 import huggingface_hub
 import huggingface_hub.errors
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax.traverse_util import unflatten_dict
 
+import sam2jax
 from sam2jax import convert
 from sam2jax.convert import huggingface, layouts, torch_file
 from sam2jax.io import checkpoints
-from sam2jax.loading import OPTIONS, has_memory, load, save
+from sam2jax.loading import OPTIONS, load, save
 from sam2jax.nn.sam2 import SAM2, param_shapes
 from sam2jax.testing import draw, small_config
 
@@ -53,7 +56,6 @@ def test_every_source_gives_the_same_model(
 ):
     model, params = load(saved / name)
     assert model == SAM2(SMALL)
-    assert has_memory(params)
     expected = param_shapes(SMALL)
     assert jax.tree.structure(params) == jax.tree.structure(expected)
     for leaf, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
@@ -117,23 +119,30 @@ def test_fine_tuned_files_and_bare_state_dicts_load(
         load(tmp_path / "bare.pt")
 
 
-def test_images_only_checkpoint_has_no_memory(tmp_path: pathlib.Path, state: dict[str, np.ndarray]):
+def test_images_only_checkpoint_segments_and_does_not_track(
+    tmp_path: pathlib.Path, state: dict[str, np.ndarray]
+):
+    parts = ("image_encoder", "sam_prompt_encoder", "sam_mask_decoder", "no_mem_embed")
     params = {
         name: value
         for name, value in layouts.to_params(state, "official").items()
-        if name.split("/")[0] not in layouts.MEMORY_PARTS
+        if name.split("/")[0] in parts
     }
-    convert.write(tmp_path / "hf", params, SMALL, "huggingface")
+    config = dataclasses.replace(SMALL, images_only=True)
+    convert.write(tmp_path / "hf", params, config, "huggingface")
     model, loaded = load(tmp_path / "hf")
-    assert not has_memory(loaded)
-    assert set(loaded) == {
-        "image_encoder",
-        "sam_prompt_encoder",
-        "sam_mask_decoder",
-        "no_mem_embed",
-    }
+    assert set(loaded) == set(parts)
+    image = jnp.zeros((1, config.image_size, config.image_size, 3))
+    features = model.apply({"params": loaded}, image, method="encode_image").features
+    whole = unflatten_dict(layouts.to_params(state, "official"), sep="/")
+    expected = SAM2(SMALL).apply({"params": whole}, image, method="encode_image").features
+    np.testing.assert_array_equal(features, expected)
+    with pytest.raises(ValueError, match="images only"):
+        sam2jax.init_state(model, 1)
+    with pytest.raises(ValueError, match="images only"):
+        sam2jax.SAM2VideoPredictor(model, loaded).init_state(np.zeros((2, 8, 8, 3), np.uint8))
     save(tmp_path / "again", model, loaded)
-    assert not has_memory(load(tmp_path / "again")[1])
+    assert load(tmp_path / "again")[0].config.images_only
 
 
 # Options -----------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ def info(
         found = read(checkpoint)
         params = found.params()
         total = sum(value.size for value in params.values())
-        typer.echo(f"variant     {found.config.name}{', images only' if found.images_only else ''}")
+        images_only = ", images only" if found.config.images_only else ""
+        typer.echo(f"variant     {found.config.name}{images_only}")
         typer.echo(f"layout      {found.layout}, {len(found.tensors):,} tensors")
         typer.echo(f"image size  {found.config.image_size}")
         typer.echo(f"parameters  {total:,}")

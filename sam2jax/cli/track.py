@@ -181,7 +181,8 @@ def _load(
     checkpoint: str, image_size: int | None, dtype: DType, apply_postprocessing: bool
 ) -> tuple[Any, Any]:
     keep_compiled_programs()
-    from sam2jax.loading import has_memory, load
+    from sam2jax.loading import load
+    from sam2jax.tracking.state import require_memory
 
     model, params = load(
         checkpoint,
@@ -189,6 +190,5 @@ def _load(
         dtype=dtype.value,
         apply_postprocessing=apply_postprocessing,
     )
-    if not has_memory(params):
-        raise ValueError(f"{checkpoint} is for images only and cannot track; give one for video.")
+    require_memory(model.config)
     return model, params

@@ -35,6 +35,9 @@ class SAM2(nn.Module):
         self.image_encoder = ImageEncoder(config)
         self.sam_prompt_encoder = PromptEncoder(config)
         self.sam_mask_decoder = MaskDecoder(config)
+        self.no_mem_embed = self.param("no_mem_embed", embedding_init, (width,))
+        if config.images_only:
+            return
         self.memory_encoder = MemoryEncoder(config)
         self.memory_attention = MemoryAttention(config)
         self.mask_downsample = Conv(1, 4, stride=4, padding=0, dtype=dtype)
@@ -42,7 +45,6 @@ class SAM2(nn.Module):
         self.maskmem_tpos_enc = self.param(
             "maskmem_tpos_enc", embedding_init, (config.num_maskmem, config.mem_dim)
         )
-        self.no_mem_embed = self.param("no_mem_embed", embedding_init, (width,))
         # Part of every official checkpoint, read by no forward pass.
         self.no_mem_pos_enc = self.param("no_mem_pos_enc", embedding_init, (width,))
         self.no_obj_ptr = self.param("no_obj_ptr", embedding_init, (width,))
@@ -155,36 +157,37 @@ class SAM2(nn.Module):
         memory = memory.reshape(memory.shape[0], -1, config.mem_dim)
         return memory.astype(jnp.bfloat16)
 
-    def __call__(self, images: Array) -> Array:
+    def __call__(self, images: Array) -> MaskCandidates:
         """Touches every parameter; only for `init`."""
         config = self.config
         frame = self.encode_image(images)
-        cells = config.feature_size**2
-        one = jnp.ones(1, jnp.int32)
-        memory = MemoryRead(
-            spatial=jnp.zeros((1, 1, cells, config.mem_dim), jnp.bfloat16),
-            spatial_tpos=jnp.zeros((1, 1), jnp.int32),
-            spatial_frame=jnp.zeros((1, 1), jnp.int32),
-            num_spatial=one,
-            pointers=jnp.zeros((1, 1, config.hidden_dim)),
-            pointer_position=jnp.zeros((1, 1)),
-            pointer_frame=jnp.zeros((1, 1), jnp.int32),
-            num_pointers=one,
-        )
-        conditioned = self.condition_on_memory(self.without_memory(frame.features), memory)
         mask = jnp.zeros((1, config.image_size, config.image_size))
-        candidates = self.decode_masks(
-            conditioned,
+        features, logits = self.without_memory(frame.features), mask[:, ::4, ::4]
+        if not config.images_only:
+            memory = self.encode_memory(frame.features, mask, jnp.ones(1))
+            pointer = self.object_pointer(jnp.zeros((1, config.hidden_dim)), jnp.ones(1, bool))
+            one = jnp.ones(1, jnp.int32)
+            read = MemoryRead(
+                spatial=memory[:, None],
+                spatial_tpos=one[:, None],
+                spatial_frame=one[:, None],
+                num_spatial=one,
+                pointers=pointer[:, None],
+                pointer_position=jnp.ones((1, 1)),
+                pointer_frame=one[:, None],
+                num_pointers=one,
+            )
+            features = self.condition_on_memory(frame.features, read)
+            logits = self.downsample_mask(mask)
+        return self.decode_masks(
+            features,
             (frame.high_res_s0, frame.high_res_s1),
             jnp.zeros((1, 1, 2)),
             jnp.zeros((1, 1), jnp.int32),
-            one,
-            self.downsample_mask(mask),
+            jnp.ones(1, jnp.int32),
+            logits,
             jnp.ones(1, bool),
         )
-        pointer = self.object_pointer(candidates.tokens[:, 0], candidates.object_score > 0)
-        self.encode_memory(frame.features, mask, candidates.object_score)
-        return pointer
 
 
 def param_shapes(config: SAM2Config) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 
 from sam2jax.config import SAM2Config
 from sam2jax.io.video import Source, open_video
-from sam2jax.loading import has_memory, load
+from sam2jax.loading import load
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.ops.masks import non_overlapping
 from sam2jax.ops.resize import resize_masks
@@ -23,6 +23,7 @@ from sam2jax.predictors.session import (
     build_state,
     power_of_two,
 )
+from sam2jax.tracking.state import require_memory
 from sam2jax.tracking.step import encode_frame, process_ahead, process_frame
 from sam2jax.types import NO_OBJ_SCORE, ImageFeatures, Prompts
 
@@ -106,11 +107,7 @@ class SAM2VideoPredictor:
           FileNotFoundError, ValueError: there is no such video, or it cannot be read; or the
             checkpoint is for images only.
         """
-        if not has_memory(self.params):
-            raise ValueError(
-                "This checkpoint is for images only: it has no memory to track with. "
-                "Load a video checkpoint (`Sam2VideoModel`, or an official .pt)."
-            )
+        require_memory(self.config)
         video = open_video(video_path, self.image_size)
         if video.num_frames == 0:
             raise ValueError(f"{video.name} has no frames.")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from sam2jax.config import SAM2Config
 from sam2jax.memory.bank import MemoryBank, empty
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.types import Array
@@ -28,6 +29,15 @@ class TrackState:
         return self.bank.cond_frame.shape[1]
 
 
+def require_memory(config: SAM2Config) -> None:
+    """Refuses a model whose checkpoint was for images only."""
+    if config.images_only:
+        raise ValueError(
+            f"{config.name} is for images only: it has no memory to track with. Load a "
+            "checkpoint for video (an official .pt, or a Sam2VideoModel)."
+        )
+
+
 def init_state(
     model: SAM2,
     num_objects: int,
@@ -47,8 +57,9 @@ def init_state(
       frame_index: of the first frame to be processed.
 
     Raises:
-      ValueError: a number is out of range.
+      ValueError: a number is out of range, or the model is for images only.
     """
+    require_memory(model.config)
     if num_objects < 1 or max_cond_frames < 1:
         raise ValueError(
             "num_objects and max_cond_frames must be at least 1, got "

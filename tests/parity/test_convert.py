@@ -1,6 +1,7 @@
 """The converter against the real things: PyTorch, the official package, and `transformers`."""
 
 import collections
+import dataclasses
 import json
 import pathlib
 
@@ -137,13 +138,14 @@ def test_names_and_shapes_are_those_of_transformers(name: str):
     config = VARIANTS[name]
     ours = shapes_of(huggingface.from_official(hollow(official_shapes(name))))
     with torch.device("meta"):
-        video = Sam2VideoModel(Sam2VideoConfig(**huggingface.config_json(config, False)))
-        images = Sam2Model(Sam2Config(**huggingface.config_json(config, True)))
+        video = Sam2VideoModel(Sam2VideoConfig(**huggingface.config_json(config)))
+        still = dataclasses.replace(config, images_only=True)
+        images = Sam2Model(Sam2Config(**huggingface.config_json(still)))
     assert {key: tuple(value.shape) for key, value in video.state_dict().items()} == ours
     theirs = {key: tuple(value.shape) for key, value in images.state_dict().items()}
     assert layouts.is_images_only(hollow(theirs), "huggingface")
     guess = layouts.identify(hollow(theirs), "huggingface")
-    assert layouts.expected_shapes(guess, "huggingface", images_only=True) == theirs
+    assert layouts.expected_shapes(guess, "huggingface") == theirs
 
 
 def test_what_transformers_saves_loads_back(converted: pathlib.Path, tmp_path: pathlib.Path):
@@ -156,13 +158,14 @@ def test_what_transformers_saves_loads_back(converted: pathlib.Path, tmp_path: p
         load(tmp_path / "again")
 
     images = Sam2Model.from_pretrained(converted)
-    expected = layouts.expected_shapes(SMALL, "huggingface", images_only=True)
+    still = dataclasses.replace(SMALL, images_only=True)
+    expected = layouts.expected_shapes(still, "huggingface")
     assert {key: tuple(value.shape) for key, value in images.state_dict().items()} == expected
 
 
 def test_config_json_describes_the_official_models(tmp_path: pathlib.Path):
     """Everything that is not a default of ours agrees with what `transformers` assumes."""
-    ours = Sam2VideoConfig(**huggingface.config_json(VARIANTS["sam2.1_hiera_tiny"], False))
+    ours = Sam2VideoConfig(**huggingface.config_json(VARIANTS["sam2.1_hiera_tiny"]))
     ours, theirs = (json.loads(c.to_json_string()) for c in (ours, Sam2VideoConfig()))
     ours.pop("architectures", None), theirs.pop("architectures", None)
     assert ours == theirs
