@@ -10,8 +10,8 @@ import pytest
 import sam2jax
 from sam2jax.testing import small_config
 from tests import oracle
-from tests.parity.clips import ellipse, load_clip
-from tests.parity.pairs import CLIP, iou, pair
+from tests.parity.clips import SMALL, ellipse, load_clip
+from tests.parity.pairs import iou, pair
 
 pytestmark = pytest.mark.parity
 
@@ -39,9 +39,9 @@ class Both:
         assert (frame, ids) == (their_frame, list(their_ids)) and masks.shape == their_masks.shape
         self.compared += 1
         if self.ours.non_overlap_masks:  # a pixel where two objects tie may go to either
-            assert (np.abs(masks - their_masks) > CLIP).mean() < 1e-3
+            assert (np.abs(masks - their_masks) > SMALL.clip).mean() < 1e-3
             masks, their_masks = masks.max(axis=0), their_masks.max(axis=0)
-        np.testing.assert_allclose(masks, their_masks, atol=CLIP)
+        np.testing.assert_allclose(masks, their_masks, rtol=0, atol=SMALL.clip)
         assert iou(masks > 0, their_masks > 0) > 0.999
 
     def call(self, name: str, **given: Any) -> None:
