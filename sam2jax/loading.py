@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sam2jax import convert
+import sam2jax.convert as convert
 from sam2jax.config import NO_POSTPROCESSING, DType, SAM2Config
 from sam2jax.io.files import PathLike
 from sam2jax.nn.sam2 import SAM2

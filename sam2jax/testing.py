@@ -58,7 +58,7 @@ def small_config(**overrides: Any) -> SAM2Config:
 
 def random_params(config: SAM2Config, seed: int = 0) -> Any:
     """Live parameters (see `draw`) for any model: nested dicts of float32 arrays."""
-    shapes = flatten_dict(param_shapes(config), sep="/")
+    shapes: dict[str, Any] = flatten_dict(param_shapes(config), sep="/")
     blank = {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in shapes.items()}
     official = from_params(blank, "official")
     drawn = {name: draw(name, value.shape, seed) for name, value in official.items()}
@@ -88,7 +88,7 @@ def draw(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
         return (5 * _EMBEDDING * noise).astype(np.float32)
     if "embed" in name or "token" in name or leaf in ("no_mem_embed", "no_mem_pos_enc"):
         return (_EMBEDDING * noise).astype(np.float32)
-    fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else shape[0]
+    fan_in = int(np.prod(shape[1:] or shape))
     return (noise * _gain(name) / np.sqrt(fan_in)).astype(np.float32)
 
 

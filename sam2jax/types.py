@@ -25,8 +25,7 @@ CONDITIONING = 1  # a new conditioning frame: answered without memory, kept for 
 REFINEMENT = 2  # clicks that correct a tracked frame: answered with memory
 
 
-@struct.dataclass
-class ImageFeatures:
+class ImageFeatures(struct.PyTreeNode):
     """What the image encoder makes of a batch of frames; all that later stages see of them."""
 
     high_res_s0: Array  # [B, S/4, S/4, C/8]
@@ -34,8 +33,7 @@ class ImageFeatures:
     features: Array  # [B, S/16, S/16, C]
 
 
-@struct.dataclass
-class MaskCandidates:
+class MaskCandidates(struct.PyTreeNode):
     """The mask decoder's answer: token 0 is the single mask, tokens 1..M the alternatives."""
 
     masks: Array  # [N, 1 + M, S/4, S/4] float32 logits
@@ -44,8 +42,7 @@ class MaskCandidates:
     object_score: Array  # [N] float32 logit, above 0: the object is in the frame
 
 
-@struct.dataclass
-class MemoryRead:
+class MemoryRead(struct.PyTreeNode):
     """What a frame attends to, per object; valid entries come first (leading [N] when vmapped)."""
 
     spatial: Array  # [K, HW, D] spatial memories
@@ -58,8 +55,7 @@ class MemoryRead:
     num_pointers: Array  # [] int32
 
 
-@struct.dataclass
-class FrameMemory:
+class FrameMemory(struct.PyTreeNode):
     """What one frame leaves behind for one object (leading [N] when vmapped)."""
 
     frame: Array  # [] int32 frame index
@@ -69,8 +65,7 @@ class FrameMemory:
     object_score: Array  # [] float32 logit
 
 
-@struct.dataclass
-class FrameOutput:
+class FrameOutput(struct.PyTreeNode):
     """The answer on one frame (leading [T] after `track`)."""
 
     masks: Array  # [N, S/4, S/4] float32 logits; `resize_masks` brings them to the frame
@@ -80,8 +75,7 @@ class FrameOutput:
     pointer_frames: Array  # [N, Q] int32, frames whose object pointer was read (EMPTY: none)
 
 
-@struct.dataclass
-class Prompts:
+class Prompts(struct.PyTreeNode):
     """Prompts on one frame, for each of N objects. `Prompts.make` builds them from lists.
 
     Points are (x, y) in pixels of the frame that is given with them. Entries past `num_points`
@@ -154,11 +148,11 @@ class Prompts:
             for i in range(count)
         ]
         longest = max(max(len(row_labels) for _, row_labels in rows), 1)
-        width = 2 ** (longest - 1).bit_length() if width is None else width
-        if width < longest:
-            raise ValueError(f"width {width} is too small for {longest} points.")
-        point_array = np.zeros((count, width, 2), np.float32)
-        label_array = np.zeros((count, width), np.int32)
+        padded = 2 ** (longest - 1).bit_length() if width is None else width
+        if padded < longest:
+            raise ValueError(f"width {padded} is too small for {longest} points.")
+        point_array = np.zeros((count, padded, 2), np.float32)
+        label_array = np.zeros((count, padded), np.int32)
         for i, (row_points, row_labels) in enumerate(rows):
             point_array[i, : len(row_labels)] = row_points
             label_array[i, : len(row_labels)] = row_labels
@@ -167,23 +161,19 @@ class Prompts:
         logit_array, has_logits = _stack_optional("logits", logits)
         prompted = num_points > 0 if has_mask is None else (num_points > 0) | has_mask
         kind = np.where(prompted, REFINEMENT if refine else CONDITIONING, NONE)
-        return jax.tree.map(
-            jnp.asarray,
-            cls(
-                points=point_array,
-                labels=label_array,
-                num_points=num_points,
-                kind=kind.astype(np.int32),
-                mask=mask_array,
-                has_mask=has_mask,
-                logits=logit_array,
-                has_logits=has_logits,
-            ),
+        return cls(
+            points=jnp.asarray(point_array),
+            labels=jnp.asarray(label_array),
+            num_points=jnp.asarray(num_points),
+            kind=jnp.asarray(kind.astype(np.int32)),
+            mask=None if mask_array is None else jnp.asarray(mask_array),
+            has_mask=None if has_mask is None else jnp.asarray(has_mask),
+            logits=None if logit_array is None else jnp.asarray(logit_array),
+            has_logits=None if has_logits is None else jnp.asarray(has_logits),
         )
 
 
-@struct.dataclass
-class ClipPrompts:
+class ClipPrompts(struct.PyTreeNode):
     """Prompts on K frames of a clip; a frame that has none takes no room."""
 
     frames: Array  # [K] int32 frame index, EMPTY for padding

@@ -18,8 +18,7 @@ from sam2jax.types import EMPTY, Array, FrameMemory, MemoryRead
 FAR = np.iinfo(np.int32).max // 2
 
 
-@struct.dataclass
-class MemoryBank:
+class MemoryBank(struct.PyTreeNode):
     """Slots that are free hold the frame index EMPTY."""
 
     cond_frame: Array  # [C] int32, conditioning frames

@@ -17,8 +17,7 @@ from sam2jax.ops.rope import rope_table, rotate, split_pairs
 from sam2jax.types import Array
 
 
-@struct.dataclass
-class MemoryTokens:
+class MemoryTokens(struct.PyTreeNode):
     """What N objects' memories are attended to by: spatial ones first, pointers behind them."""
 
     spatial_keys: Array  # [N, K, HW, D] spatial memories with their positions, valid ones first

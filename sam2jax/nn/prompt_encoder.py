@@ -75,7 +75,7 @@ class PromptEncoder(nn.Module):
     def __call__(self, points: Array, labels: Array, masks: Array | None, has_mask: Array | None):
         """Returns tokens [N, P, C] and dense embeddings [N, S/16, S/16, C] (or [1, 1, 1, C])."""
         dense = self.no_mask_embed[:, None, None]
-        if masks is not None:
+        if masks is not None and has_mask is not None:
             embedded = self.embed_masks(masks)
             dense = jnp.where(has_mask[:, None, None, None], embedded, dense)
         return self.embed_points(points, labels), dense

@@ -72,10 +72,9 @@ class SAM2(nn.Module):
         comes out for one that has none means nothing.
         """
         config = self.config
-        spatial_position = (
-            sine_2d(config.feature_size, config.mem_dim).reshape(1, 1, -1, config.mem_dim)
-            + self.maskmem_tpos_enc[memory.spatial_tpos][:, :, None]
-        )
+        place = sine_2d(config.feature_size, config.mem_dim).reshape(1, 1, -1, config.mem_dim)
+        time = self.maskmem_tpos_enc[memory.spatial_tpos]
+        spatial_position = jnp.asarray(place) + time[:, :, None]
         count, slots, width = memory.pointers.shape
         pieces = config.pointer_tokens
         pointers = memory.pointers.reshape(count, slots * pieces, config.mem_dim)

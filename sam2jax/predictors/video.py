@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -312,7 +312,7 @@ class SAM2VideoPredictor:
         answers = [h.answer(frame, cond=is_cond) for h in state.objects.values()]
         return frame, state.obj_ids, self._at_video_size(state, answers)
 
-    def _at_video_size(self, state: InferenceState, records: list[Record | None]) -> np.ndarray:
+    def _at_video_size(self, state: InferenceState, records: Sequence[Record | None]) -> np.ndarray:
         """Answers at the video's size, of -1024 where an object has none: [N, 1, H, W]."""
         size = (self.config.mask_size,) * 2
         absent = jnp.full(size, NO_OBJ_SCORE)
@@ -322,10 +322,7 @@ class SAM2VideoPredictor:
         return np.asarray(masks)[:, None]
 
 
-_encode = jax.jit(
-    lambda model, params, frame: encode_frame(model, params, frame, None)[0],
-    static_argnums=0,
-)
+_encode = jax.jit(encode_frame, static_argnames="model")
 _process = jax.jit(process_frame, static_argnames=("model", "reverse"))
 
 

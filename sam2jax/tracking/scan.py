@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.tracking.checks import check_frame, check_prompts, check_state
 from sam2jax.tracking.state import TrackState, init_state
-from sam2jax.tracking.step import encode_frame, process_ahead, process_frame
+from sam2jax.tracking.step import encode_frame, process_ahead, process_frame, scale_prompts
 from sam2jax.types import CONDITIONING, EMPTY, NONE, Array, ClipPrompts, FrameOutput, Prompts
 
 
@@ -76,10 +77,10 @@ def track(
 
 def _any_ahead(frames: Array, first: Array) -> bool:
     """Whether a frame other than the first is prompted; True where that cannot be known yet."""
-    if isinstance(frames, jax.core.Tracer) or isinstance(first, jax.core.Tracer):
+    if isinstance(frames, Tracer) or isinstance(first, Tracer):
         return True
-    frames = np.asarray(frames)
-    return bool(np.any((frames != np.asarray(first)) & (frames != EMPTY)))
+    prompted = np.asarray(frames)
+    return bool(np.any((prompted != np.asarray(first)) & (prompted != EMPTY)))
 
 
 @partial(jax.jit, static_argnames=("model", "reverse", "ahead"))
@@ -88,8 +89,10 @@ def _track(model, params, frames, prompts, state, *, reverse, ahead):
         state = _encode_all_ahead(model, params, frames, prompts, state, reverse)
 
     def body(state: TrackState, frame: Array):
-        now = None if prompts is None else _prompts_at(prompts, state.frame_index)
-        features, now = encode_frame(model, params, frame, now)
+        now = None
+        if prompts is not None:
+            now = scale_prompts(model.config, _prompts_at(prompts, state.frame_index), frame)
+        features = encode_frame(model, params, frame)
         state, output, _ = process_frame(model, params, state, features, now, reverse=reverse)
         return state, output
 
@@ -122,8 +125,9 @@ def _encode_all_ahead(model, params, frames, prompts: ClipPrompts, state: TrackS
         due = inside & (frame_index != state.frame_index) & jnp.any(now.kind == CONDITIONING)
 
         def encode(state: TrackState) -> TrackState:
-            features, due_prompts = encode_frame(model, params, frames[offset], now)
-            return process_ahead(model, params, state, features, due_prompts, frame_index)[0]
+            features = encode_frame(model, params, frames[offset])
+            scaled = scale_prompts(model.config, now, frames[offset])
+            return process_ahead(model, params, state, features, scaled, frame_index)[0]
 
         return jax.lax.cond(due, encode, lambda state: state, state), None
 

@@ -12,8 +12,7 @@ from sam2jax.nn.sam2 import SAM2
 from sam2jax.types import Array
 
 
-@struct.dataclass
-class TrackState:
+class TrackState(struct.PyTreeNode):
     """An immutable value; its size depends on the model and the number of objects alone."""
 
     bank: MemoryBank  # every field with a leading [N]

@@ -36,8 +36,7 @@ MEMORY_SCALE, MEMORY_BIAS = 20.0, -10.0
 MAX_FED_BACK_LOGIT = 32.0
 
 
-@struct.dataclass
-class Answer:
+class Answer(struct.PyTreeNode):
     """The decoder's choice for N objects."""
 
     masks: Array  # [N, S/4, S/4] float32
@@ -110,29 +109,36 @@ def condition(
 
 @partial(jax.jit, static_argnames=("model", "reverse"))
 def _step(model, params, state, frame, prompts, *, reverse):
-    features, prompts = encode_frame(model, params, frame, prompts)
+    features = encode_frame(model, params, frame)
+    if prompts is not None:
+        prompts = scale_prompts(model.config, prompts, frame)
     state, output, _ = process_frame(model, params, state, features, prompts, reverse=reverse)
     return state, output
 
 
 @partial(jax.jit, static_argnames="model")
 def _condition(model, params, state, frame, prompts, frame_index):
-    features, prompts = encode_frame(model, params, frame, prompts)
+    features = encode_frame(model, params, frame)
+    prompts = scale_prompts(model.config, prompts, frame)
     return process_ahead(model, params, state, features, prompts, frame_index)[0]
 
 
-def encode_frame(
-    model: SAM2, params: Any, frame: Array, prompts: Prompts | None
-) -> tuple[ImageFeatures, Prompts | None]:
-    """A frame's features, and its prompts in pixels of the model's image."""
-    size = model.config.image_size
-    images = preprocess_image(frame[None], size)
-    features = model.apply({"params": params}, images, method="encode_image")
-    if prompts is not None:
-        height, width = frame.shape[:2]
-        scale = jnp.asarray([size / width, size / height], jnp.float32).reshape(1, 1, 2)
-        prompts = prompts.replace(points=prompts.points * scale)
-    return features, prompts
+def encode_frame(model: SAM2, params: Any, frame: Array) -> ImageFeatures:
+    """Features of one frame, [H, W, 3] or [S, S, 3] as in `step`."""
+    images = preprocess_image(frame[None], model.config.image_size)
+    return run_model(model, params, "encode_image", images)
+
+
+def scale_prompts(config: SAM2Config, prompts: Prompts, frame: Array) -> Prompts:
+    """From pixels of the frame that prompts were given with to pixels of the model's image."""
+    height, width = frame.shape[:2]
+    scale = jnp.asarray([config.image_size / width, config.image_size / height], jnp.float32)
+    return prompts.replace(points=prompts.points * scale.reshape(1, 1, 2))
+
+
+def run_model(model: SAM2, params: Any, method: str, *args: Any) -> Any:
+    """Runs one box of the model."""
+    return model.apply({"params": params}, *args, method=method)
 
 
 def process_frame(
@@ -184,9 +190,7 @@ def _answer_frame(model, params, state, features, prompts, direction):
     """A frame's answer and memory, object by object, as if each were to be written."""
     config = model.config
 
-    def run(method: str, *args):
-        return model.apply({"params": params}, *args, method=method)
-
+    run = partial(run_model, model, params)
     memory_read = jax.vmap(bank_ops.read, in_axes=(None, 0, None, None, None))(
         config, state.bank, state.frame_index, direction, state.num_frames
     )
@@ -261,14 +265,14 @@ def _decode(run, features, conditioned, prompts: Prompts, mask: Array | None) ->
     if prompts.logits is not None:
         dense = jnp.clip(prompts.logits, -MAX_FED_BACK_LOGIT, MAX_FED_BACK_LOGIT)
         has_dense = prompts.has_logits
-    if mask is not None:
-        downsampled = run("downsample_mask", mask)
-        if dense is None:
-            dense, has_dense = downsampled, prompts.has_mask
+    if mask is not None and prompts.has_mask is not None:
+        has_mask, downsampled = prompts.has_mask, run("downsample_mask", mask)
+        num_points = jnp.where(has_mask, 0, num_points)
+        if dense is None or has_dense is None:
+            dense, has_dense = downsampled, has_mask
         else:
-            dense = jnp.where(prompts.has_mask[:, None, None], downsampled, dense)
-            has_dense = has_dense | prompts.has_mask
-        num_points = jnp.where(prompts.has_mask, 0, num_points)
+            dense = jnp.where(has_mask[:, None, None], downsampled, dense)
+            has_dense = has_dense | has_mask
     high_res = (features.high_res_s0, features.high_res_s1)
     return run(
         "decode_masks",
