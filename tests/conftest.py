@@ -22,8 +22,9 @@ def pytest_report_header() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def quick_compilation(request: pytest.FixtureRequest):
-    """Compiling is most of the time of tests on small models; real sizes are worth optimising."""
-    jax.config.update("jax_disable_most_optimizations", "slow" not in request.keywords)
+    """Compiling is most of the time of tests on small models; longer runs are worth optimising."""
+    thorough = any(request.node.get_closest_marker(name) for name in ("slow", "optimised"))
+    jax.config.update("jax_disable_most_optimizations", not thorough)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

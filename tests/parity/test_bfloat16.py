@@ -11,7 +11,7 @@ from tests import oracle
 from tests.parity.clips import Result, click, load_clip, official, ours_scanned
 from tests.parity.pairs import Pair, at, pair
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.optimised]
 
 BAR = 1.5  # times the distance of official autocast
 

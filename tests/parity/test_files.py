@@ -12,7 +12,7 @@ from tests import oracle
 from tests.parity.clips import CLICK
 from tests.parity.pairs import CLIP, at, iou, pair
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.optimised]
 
 COUNT = 6
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])

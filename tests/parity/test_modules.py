@@ -35,6 +35,7 @@ def both(request: pytest.FixtureRequest) -> Pair:
     return pair(CONFIGS[request.param])
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", ENCODERS)
 def test_image_encoder(name: str):
     both = pair(ENCODERS[name])

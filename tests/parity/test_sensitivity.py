@@ -15,7 +15,7 @@ from tests.parity.clips import SMALL, Prompt, click, ellipse, load_clip, officia
 from tests.parity.pairs import FEATURES, Pair, pair
 from tests.parity.test_modules import decode, normal, official_decode
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.optimised]
 
 SEED = 23  # the objects come and go
 SCRIPT = [

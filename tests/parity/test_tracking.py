@@ -32,6 +32,7 @@ def agree(both: Pair, frames: np.ndarray, prompts: list[Prompt], **order) -> Non
     compare(ours(both, frames, prompts, **order), theirs, bars)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", ["sam2.1_hiera_tiny", "sam2_hiera_tiny"])
 def test_one_object_from_a_click(media: pathlib.Path, name: str):
     both, frames = pair(at(name, 256), SEED), load_clip(media, 256, 24)
@@ -52,6 +53,7 @@ def test_full_size(media: pathlib.Path, name: str, image_size: int, count: int):
     agree(pair(at(name, image_size), SEED), load_clip(media, image_size, count), [click()])
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     ("name", "seed", "shift"), [("sam2.1_hiera_tiny", 10, 0.4), ("sam2_hiera_tiny", 3, 0.0)]
 )
@@ -80,6 +82,7 @@ PROMPTS = {
 }
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", PROMPTS)
 def test_kinds_of_prompt(media: pathlib.Path, name: str):
     both = pair(at("sam2.1_hiera_tiny", 256), SEED)
