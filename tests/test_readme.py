@@ -1,0 +1,70 @@
+"""Every snippet of the README runs, in order, on a small model under the official file's name."""
+
+import re
+import shlex
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import sam2jax
+from sam2jax.cli import app
+from sam2jax.config import HieraConfig, MemoryAttentionConfig
+from sam2jax.io.writer import VideoWriter
+from sam2jax.testing import random_params, small_config
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```(python|console)\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [line for kind, text in SNIPPETS if kind == "console" for line in text.splitlines()]
+PYTHON = "".join(text for kind, text in SNIPPETS if kind == "python")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A clip and a checkpoint, under the names that the README gives them."""
+    path = tmp_path_factory.mktemp("readme")
+    trunk = HieraConfig(8, 1, (1, 1, 1, 1), (2,), (4, 2, 4, 2))
+    attention = MemoryAttentionConfig(num_layers=1, mlp_dim=64)
+    config = small_config(image_size=64, trunk=trunk, memory_attention=attention)
+    sam2jax.save(path / "sam2.1_hiera_tiny.pt", config, random_params(config, seed=3))
+    frames = np.random.default_rng(0).integers(0, 255, (3, 360, 400, 3), np.uint8)
+    with VideoWriter(path / "clip.mp4", 24, 360, 400) as writer:
+        for frame in frames:
+            writer.write(frame)
+    return path
+
+
+def test_nothing_is_left_out():
+    assert len(SNIPPETS) == README.count("```") / 2
+
+
+def test_commands(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    ours = [line for line in COMMANDS if line.startswith("sam2jax ")]
+    for line in ours:
+        line = line.replace("--image-size 512", "--image-size 64")
+        result = CliRunner().invoke(app, shlex.split(line)[1:])
+        assert result.exit_code == 0, f"{line}\n{result.output}"
+    assert len(ours) >= 6
+    assert (folder / "out.mp4").stat().st_size > 0
+    assert len(list((folder / "masks").iterdir())) == 3
+
+
+def test_other_commands_are_those_that_ci_runs_or_modules_that_exist():
+    checks = (ROOT / ".ci/run").read_text()
+    for line in COMMANDS:
+        if line.startswith("python -m "):
+            module = line.split()[2]
+            assert (ROOT / (module.replace(".", "/") + ".py")).exists()
+        elif not line.startswith("sam2jax "):
+            assert line in checks
+
+
+def test_python(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    exec(compile(PYTHON, "README.md", "exec"), names)
+    assert names["masks"].shape == (3, 2, 360, 400)
+    assert names["saliency"].shape == (3, 64, 64, 3) and np.abs(names["saliency"]).max() > 0
+    assert names["out"].masks.shape == (2, 3, 2, 16, 16)
