@@ -14,8 +14,8 @@ import sam2jax
 from sam2jax.testing import random_params
 from tests.goldens.case import CONFIGS, NUM_OBJECTS, SEED, frames, prompts
 
-# The small model agrees within 5e-7; its logits are of size 0.1.
-FEATURES, LOGITS = 1e-5, 2e-5
+# The small model's mask logits are of size 0.1, its scores of size 2; both agree to six digits.
+FEATURES, LOGITS, SCORES = 1e-5, 2e-5, 2e-4
 
 
 @pytest.fixture(params=CONFIGS)
@@ -70,7 +70,7 @@ def test_tracking(name: str, golden: dict[str, np.ndarray]):
     assert (golden["object_score"] > 0).any() and (golden["object_score"] < 0).any()
     state, out = sam2jax.track(model, params, clip, by_frame(config))
     close(out.masks, golden["masks"], LOGITS)
-    close(out.object_score, golden["object_score"], LOGITS)
+    close(out.object_score, golden["object_score"], SCORES)
     size = (config.image_size, config.image_size)
     close(sam2jax.resize_masks(out.masks[0], size)[0], golden["first_answer"], LOGITS)
     for obj in (0, 1):  # object pointers of the conditioning frame, and of the last one

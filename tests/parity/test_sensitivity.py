@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sam2jax.testing import small_config
@@ -23,6 +24,7 @@ SCRIPT = [
     Prompt(0, 1, mask=ellipse(540, 960)),
     Prompt(2, 2, points=((0.7, 0.3),), labels=(0,), box=(0.1, 0.4, 0.4, 0.9)),
 ]
+FULL_MASK = (normal(1, 128, 128, seed=4) > 0).astype(np.float32)
 # What no answer depends on. A constant added to all keys leaves a softmax as it is; memory
 # attention rotates its keys, so that theirs is heard.
 SILENT = {"no_mem_pos_enc"}
@@ -66,6 +68,7 @@ def our_answers(both: Pair, params: Any, frames: np.ndarray) -> dict[str, np.nda
         "s2": image.features[0],
         "ious": decoded.ious[0],
         "decoded masks": decoded.masks[0],
+        "mask prompt": mine.apply("downsample_mask", FULL_MASK)[0],
         "masks": np.stack(list(clip.masks.values())),
         "scores": np.stack(list(clip.scores.values())),
     }
@@ -80,12 +83,13 @@ def official_answers(both: Pair, frames: np.ndarray) -> dict[str, np.ndarray]:
         **{f"s{level}": to_numpy(x)[0] for level, x in enumerate(image)},
         "ious": decoded[1],
         "decoded masks": decoded[0],
+        "mask prompt": both.official.mask_downsample(torch.tensor(FULL_MASK)[None])[0, 0].numpy(),
         "masks": np.stack(list(clip.masks.values())),
         "scores": np.stack(list(clip.scores.values())),
     }
 
 
-BARS = {"masks": SMALL.clip, "scores": SMALL.clip}
+BARS = {"masks": SMALL.clip, "scores": SMALL.score}
 
 
 def broken(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> list[str]:
