@@ -1,5 +1,6 @@
 """The command line: what is typed, what is written, and what is refused."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -305,11 +306,15 @@ def test_track_refuses_bad_input(tmp_path, sam2jax_cli, checkpoint):
     assert clip.exists()
 
 
-def test_track_refuses_a_model_for_images_only(tmp_path, sam2jax_cli, monkeypatch, checkpoint):
-    monkeypatch.setattr("sam2jax.loading.has_memory", lambda params: False)
+def test_track_refuses_a_model_for_images_only(tmp_path, sam2jax_cli):
+    config = dataclasses.replace(CONFIG, images_only=True)
+    shapes = layouts.expected_shapes(config, "sam2jax")
+    params = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    convert.write(tmp_path / "images.safetensors", params, config)
     clip = write_clip(tmp_path / "clip.mp4")
     options = ("--point", "9,9", "--out", "out.mp4")
-    refused(sam2jax_cli("track", clip, "--checkpoint", checkpoint, *options), "images only")
+    result = sam2jax_cli("track", clip, "--checkpoint", tmp_path / "images.safetensors", *options)
+    refused(result, "images only")
 
 
 def test_mistyped_options_exit_with_2(sam2jax_cli):
