@@ -79,6 +79,7 @@ with warnings.catch_warnings():
     from sam2.modeling.sam.mask_decoder import MaskDecoder
     from sam2.modeling.sam.prompt_encoder import PromptEncoder
     from sam2.modeling.sam.transformer import RoPEAttention, TwoWayTransformer
+    from sam2.sam2_image_predictor import SAM2ImagePredictor
     from sam2.sam2_video_predictor import SAM2VideoPredictor
 
 official_video.tqdm = functools.partial(official_video.tqdm, disable=True)
@@ -301,6 +302,17 @@ def to_torch(images: np.ndarray) -> torch.Tensor:
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     """[..., C, H, W] -> [..., H, W, C], float32"""
     return np.moveaxis(tensor.detach().float().numpy(), -3, -1)
+
+
+def image_predictor(model: SAM2VideoPredictor, picture: np.ndarray) -> SAM2ImagePredictor:
+    """The official image predictor on a uint8 RGB picture [H, W, 3], at the model's own size."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # its transforms are TorchScript
+        predictor = SAM2ImagePredictor(model)
+    # There, the sizes of the feature maps are written down for 1024 px.
+    predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
+    predictor.set_image(picture)
+    return predictor
 
 
 def init_state(
