@@ -20,6 +20,7 @@ CONFIGS = {
 ENCODERS = {
     **CONFIGS,
     "small-odd-size": small_config(image_size=96),
+    "tiny-odd-size": at("sam2.1_hiera_tiny", 160),
     "hiera-small": at("sam2.1_hiera_small", 256),
     "base_plus": at("sam2.1_hiera_base_plus", 256),
     "large": at("sam2.1_hiera_large", 256),

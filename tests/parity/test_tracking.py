@@ -123,6 +123,7 @@ SCRIPTS = {
 }
 OPTIONS = {
     "default": {},
+    "odd size": {"image_size": 96},
     "two conditioning frames at most": {"max_cond_frames_in_attn": 2},
     "stride 3": {"memory_temporal_stride_for_eval": 3},
     "2.0": {"no_obj_embed_spatial": False, "add_tpos_enc_to_obj_ptrs": False},
