@@ -5,6 +5,7 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # PyTorch's idle threads leave JAX the cores
 
 import jax
 import pytest
