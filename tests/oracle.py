@@ -3,7 +3,8 @@
 Builds official models of any size from our configuration, fills them with live weights, feeds
 them frames and prompts, and hands back NumPy. Four things the official package lacks on a CPU are
 added on import: the operators that torchvision wants, `decord`, a connected-components routine,
-and a cast without which float32 stops on a frame that has no pointers.
+and a cast without which float32 stops on a frame that has no pointers. A fifth it lacks anywhere:
+the method that `clear_non_cond_mem_around_input` calls.
 """
 
 from __future__ import annotations
@@ -97,6 +98,19 @@ def connected_components(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 sam2.utils.misc.get_connected_components = connected_components
+
+
+def _forget_around(
+    self: SAM2VideoPredictor, inference_state: dict[str, Any], frame_idx: int, obj_idx: int
+) -> None:
+    """What `_clear_non_cond_mem_around_input` documents, for the one object that was prompted."""
+    reach = self.memory_temporal_stride_for_eval * self.num_maskmem
+    tracked = inference_state["output_dict_per_obj"][obj_idx]["non_cond_frame_outputs"]
+    for near in range(frame_idx - reach, frame_idx + reach + 1):
+        tracked.pop(near, None)
+
+
+SAM2VideoPredictor._clear_obj_non_cond_mem_around_input = _forget_around
 
 
 def _cast_memory(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

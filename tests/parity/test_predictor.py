@@ -1,97 +1,156 @@
-"""The same script of calls to the official video predictor and to ours."""
+"""Scripts of calls to the official video predictor and to ours."""
 
-import contextlib
 import pathlib
-from typing import Any
+from collections.abc import Callable
 
-import numpy as np
 import pytest
 
-import sam2jax
+from sam2jax.config import NO_POSTPROCESSING
 from sam2jax.testing import small_config
-from tests import oracle
-from tests.parity.clips import SMALL, ellipse, load_clip
-from tests.parity.pairs import iou, pair
+from tests.parity.clips import REAL, SMALL, ellipse, load_clip
+from tests.parity.pairs import at, pair
+from tests.parity.sessions import SIZE, Both, Refused
 
 pytestmark = pytest.mark.parity
 
-SIZE = (54, 96)  # what prompts and answers refer to
+LENGTH = 12  # of the clip, in frames
 
 
-class Both:
-    """Calls both predictors and compares what they answer."""
-
-    def __init__(self, media: pathlib.Path, config: sam2jax.SAM2Config, **options: Any) -> None:
-        both = pair(config, seed=4)
-        frames = load_clip(media, config.image_size, 12)
-        self.theirs = both.official
-        for name, value in options.items():
-            setattr(self.theirs, name, value)
-        self.ours = sam2jax.SAM2VideoPredictor(both.model, both.params, **options)
-        self.their_state = oracle.init_state(self.theirs, frames, SIZE)
-        self.our_state = self.ours.init_state(np.zeros((12, *SIZE, 3), np.uint8))
-        self.our_state.video = frames  # what the official one sees, bit for bit
-        self.compared = 0
-
-    def agree(self, mine: Any, other: Any) -> None:
-        (frame, ids, masks), (their_frame, their_ids, their_masks) = mine, other
-        their_masks = their_masks.float().numpy()
-        assert (frame, ids) == (their_frame, list(their_ids)) and masks.shape == their_masks.shape
-        self.compared += 1
-        if self.ours.non_overlap_masks:  # a pixel where two objects tie may go to either
-            assert (np.abs(masks - their_masks) > SMALL.clip).mean() < 1e-3
-            masks, their_masks = masks.max(axis=0), their_masks.max(axis=0)
-        np.testing.assert_allclose(masks, their_masks, rtol=0, atol=SMALL.clip)
-        assert iou(masks > 0, their_masks > 0) > 0.999
-
-    def call(self, name: str, **given: Any) -> None:
-        mine = getattr(self.ours, name)(self.our_state, **given)
-        self.agree(mine, getattr(self.theirs, name)(self.their_state, **given))
-
-    def propagate(self, **given: Any) -> None:
-        mine = list(self.ours.propagate_in_video(self.our_state, **given))
-        theirs = list(self.theirs.propagate_in_video(self.their_state, **given))
-        assert len(mine) == len(theirs)
-        for one, other in zip(mine, theirs, strict=True):
-            self.agree(one, other)
+def corrections(both: Both) -> int:
+    """Every kind of prompt, on several frames; tracked frames are corrected. Returns how many
+    answers there must have been, as all scripts do."""
+    both.click(3, "a", (21, 35, 1))
+    both.click(3, "a", (40, 30, 0), clear_old_points=False)
+    both.box(5, 7, (10, 10, 50, 45))
+    both.mask(0, "m", ellipse(*SIZE))
+    both.propagate(3)
+    both.propagate(5, reverse=True)
+    both.click(6, "a", (50, 20, 0))
+    both.click(6, "a", (20, 20, 1), clear_old_points=False)
+    both.click(3, 7, (30, 20, 1))  # a second conditioning frame, or a correction of a tracked one
+    both.mask(8, "a", ellipse(30, 30))
+    both.propagate(max_frame_num_to_track=9)
+    both.propagate(10, max_frame_num_to_track=4, reverse=True)
+    return 8 + 9 + 6 + 10 + 5
 
 
-@contextlib.contextmanager
-def restored(official: Any, names: Any):
-    """The official model is shared between tests."""
-    kept = {name: getattr(official, name) for name in names}
-    yield
-    for name, value in kept.items():
-        setattr(official, name, value)
+def objects_leave(both: Both) -> int:
+    """Prompts are cleared, before and after they were tracked; objects are removed."""
+    both.click(2, "a", (21, 35, 1), (60, 10, 0), (30, 40, 1))
+    both.box(4, 7, (10, 10, 50, 45))
+    both.mask(4, "m", ellipse(*SIZE))
+    both.click(6, "m", (30, 30, 1))
+    both.clear(6, "m")  # while it waits for tracking
+    both.clear(9, "a")  # there is nothing
+    both.propagate(2, max_frame_num_to_track=5)
+    both.click(4, "a", (50, 20, 1))
+    both.click(9, 7, (20, 20, 1))
+    both.clear(4, "a")
+    both.clear(4, 7)  # another prompt is left
+    both.propagate()
+    both.remove("m")  # answers on frame 4
+    both.click(5, "new", (50, 20, 1))
+    both.propagate(7, reverse=True)
+    both.remove("a")
+    return 4 + 2 + 6 + 2 + 2 + 10 + 1 + 1 + 8 + 1
+
+
+def broken_off(both: Both) -> int:
+    """Tracking is broken off, prompts are added, and it goes on."""
+    both.click(1, "a", (21, 35, 1))
+    both.propagate(after=4)
+    both.click(3, "a", (50, 20, 0))  # was tracked
+    both.box(6, "a", (10, 10, 50, 45))  # was not
+    both.propagate(4, after=2)
+    both.mask(8, 7, ellipse(*SIZE))  # a new object
+    both.propagate(11, reverse=True, after=5)
+    both.propagate(3, max_frame_num_to_track=0)
+    both.propagate(0, reverse=True)  # nothing
+    both.call("reset_state")
+    both.click(5, 7, (21, 35, 1))
+    both.propagate()
+    return 1 + 4 + 2 + 2 + 1 + 5 + 1 + 1 + 7
+
+
+SCRIPTS = [corrections, objects_leave, broken_off]
+OLDER = {"no_obj_embed_spatial": False, "add_tpos_enc_to_obj_ptrs": False}
+CASES = {  # options of the model and of the predictor
+    "2.1": ({}, {}),
+    "2.0": (OLDER, {}),
+    "corrections stay": ({}, {"add_all_frames_to_correct_as_cond": True}),
+    "exclusive": ({}, {"non_overlap_masks": True}),
+    "forgets around prompts": ({"num_maskmem": 3}, {"clear_non_cond_mem_around_input": True}),
+    "no postprocessing": (NO_POSTPROCESSING, {}),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("case", CASES)
+def test_an_interactive_session(media: pathlib.Path, case: str, script: Callable[[Both], int]):
+    model, options = CASES[case]
+    config = small_config(**model)
+    frames = load_clip(media, config.image_size, LENGTH)
+    both = Both(pair(config, seed=4), frames, SMALL, **options)
+    assert script(both) == both.compared
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("name", ["sam2.1_hiera_tiny", "sam2_hiera_tiny"])
+def test_a_session_of_real_size(media: pathlib.Path, name: str, script: Callable[[Both], int]):
+    both = Both(pair(at(name, 256), seed=7), load_clip(media, 256, LENGTH), REAL)
+    assert script(both) == both.compared
+
+
+def no_prompt(both: Both) -> None:
+    both.propagate()
+
+
+def an_object_without_a_prompt(both: Both) -> None:
+    both.click(1, "a", (21, 35, 1))
+    both.click(2, 7, (50, 20, 1))
+    both.clear(2, 7)
+    both.propagate()
+
+
+def a_correction_without_memory(both: Both) -> None:
+    both.click(1, "a", (21, 35, 1))
+    both.propagate()
+    both.clear(1, "a")
+    both.click(4, "a", (50, 20, 1))
+
+
+def an_unknown_object(both: Both) -> None:
+    both.click(1, "a", (21, 35, 1))
+    both.remove(7)
+
+
+def a_late_box(both: Both) -> None:
+    both.click(1, "a", (21, 35, 1))
+    box = {"box": (10, 10, 50, 45), "clear_old_points": False}
+    both.call("add_new_points_or_box", frame_idx=1, obj_id=7, **box)
 
 
 @pytest.mark.parametrize(
-    ("version", "options"),
+    "script",
     [
-        ("2.1", {}),
-        ("2.1", {"add_all_frames_to_correct_as_cond": True}),
-        ("2.1", {"non_overlap_masks": True}),
-        ("2.0", {}),
+        no_prompt,
+        an_object_without_a_prompt,
+        a_correction_without_memory,
+        an_unknown_object,
+        a_late_box,
     ],
-    ids=["2.1", "corrections stay", "exclusive", "2.0"],
 )
-def test_an_interactive_session(media: pathlib.Path, version: str, options: dict[str, bool]):
-    new = version == "2.1"
-    config = small_config(no_obj_embed_spatial=new, add_tpos_enc_to_obj_ptrs=new)
-    with restored(pair(config, seed=4).official, options):
-        both = Both(media, config, **options)
-        click, mask = "add_new_points_or_box", "add_new_mask"
-        both.call(click, frame_idx=3, obj_id="a", points=[[21, 35]], labels=[1])
-        more = {"clear_old_points": False}
-        both.call(click, frame_idx=3, obj_id="a", points=[[40, 30]], labels=[0], **more)
-        both.call(click, frame_idx=5, obj_id=7, box=[10, 10, 50, 45])
-        both.call(mask, frame_idx=0, obj_id="m", mask=ellipse(*SIZE))
-        both.propagate(start_frame_idx=3)
-        both.propagate(start_frame_idx=5, reverse=True)
-        both.call(click, frame_idx=6, obj_id="a", points=[[50, 20]], labels=[0])
-        both.call(click, frame_idx=6, obj_id="a", points=[[20, 20]], labels=[1], **more)
-        both.call(click, frame_idx=3, obj_id=7, points=[[30, 20]], labels=[1])
-        both.call(mask, frame_idx=8, obj_id="a", mask=ellipse(30, 30))
-        both.propagate(max_frame_num_to_track=9)
-        both.propagate(start_frame_idx=10, max_frame_num_to_track=4, reverse=True)
-        assert both.compared == 8 + 9 + 6 + 10 + 5
+def test_refused_calls_change_nothing(media: pathlib.Path, script: Callable[[Both], None]):
+    config = small_config()
+    both = Both(pair(config, seed=4), load_clip(media, config.image_size, LENGTH), SMALL)
+    with pytest.raises(Refused):
+        script(both)
+
+
+def test_removing_an_object_that_is_not_there_does_nothing(media: pathlib.Path):
+    config = small_config()
+    both = Both(pair(config, seed=4), load_clip(media, config.image_size, LENGTH), SMALL)
+    both.click(1, "a", (21, 35, 1))
+    both.call("remove_object", obj_id=7)
+    assert both.compared == 1 and list(both.our_state["obj_ids"]) == ["a"]
