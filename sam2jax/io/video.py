@@ -3,15 +3,16 @@
 The bytes are those that the official loaders produce. Containers are resized by FFmpeg's bilinear
 scaler, which equals decord (the official decoder) bit for bit; one exception was found, a video
 exactly as high as the size asked for, where decord's older FFmpeg takes colour half a line off.
-Folders are resized by Pillow. Arrays are passed on at their own size.
+Folders are resized by Pillow. Arrays and iterators of arrays are passed on at their own size.
 """
 
 from __future__ import annotations
 
 import abc
+import itertools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from sam2jax.io import images
 
-Source = str | os.PathLike[str] | bytes | np.ndarray
+Source = str | os.PathLike[str] | bytes | np.ndarray | Iterable[Any]
 
 
 class Frame(NamedTuple):
@@ -48,11 +49,16 @@ class Video(abc.ABC):
     def __len__(self) -> int:
         return self.num_frames
 
+    def reaches(self, index: int) -> bool:
+        """Whether there is a frame `index`, 0 or more; where the length is unknown, cheaper."""
+        return 0 <= index < self.num_frames
+
     def __getitem__(self, index: int) -> np.ndarray:
-        if not -self.num_frames <= index < self.num_frames:
+        at = index if index >= 0 else index + self.num_frames
+        if not self.reaches(at):
             raise IndexError(f"{self.name} has {self.num_frames} frames, not frame {index}.")
         try:
-            return self._image(self._read(index % self.num_frames))
+            return self._image(self._read(at))
         except IndexError as error:  # the container promised more frames than it holds
             raise IndexError(f"{self.name} ends before frame {index}.") from error
 
@@ -81,13 +87,25 @@ class Video(abc.ABC):
             reverse: whether to go backward in time.
             original: whether the original-size frame is wanted as well.
         """
-        indices = range(*slice(start, stop).indices(self.num_frames))
-        for index in reversed(indices) if reverse else indices:
+        for index in self._backward(start, stop) if reverse else self._forward(start, stop):
             try:
                 native = self._read(index)
             except IndexError:  # the container promised more frames than it holds
                 continue
             yield Frame(index, self._image(native), self._original(native) if original else None)
+
+    def _forward(self, start: int | None, stop: int | None) -> Iterable[int]:
+        """Does not ask for the length unless it counts from the end: it may be far away."""
+        if (start or 0) < 0 or (stop or 0) < 0:
+            return range(*slice(start, stop).indices(self.num_frames))
+        first = start or 0
+        indices = itertools.count(first) if stop is None else range(first, stop)
+        return itertools.takewhile(self.reaches, indices)
+
+    def _backward(self, start: int | None, stop: int | None) -> Iterable[int]:
+        if (start or 0) >= 0 and stop is not None and self.reaches(stop - 1):
+            return reversed(range(start or 0, stop))
+        return reversed(range(*slice(start, stop).indices(self.num_frames)))
 
     def frame_name(self, index: int) -> str:
         """What files about this frame are called, without suffix."""
@@ -110,11 +128,12 @@ class Video(abc.ABC):
 
 
 def open_video(source: Source, size: int | None = None) -> Video:
-    """Opens a clip: a file that FFmpeg reads, a folder of JPEG or PNG frames, or an array.
+    """Opens a clip: a file that FFmpeg reads, a folder of JPEG or PNG frames, or frames.
 
     Args:
-        source: path of a video, an image or a folder; the bytes of a video; or uint8 RGB
-            [T, H, W, 3], which is never resized here.
+        source: path of a video, an image or a folder; the bytes of a video; uint8 RGB
+            [T, H, W, 3]; or an iterator (or list) of uint8 RGB [H, W, 3], arrays or pictures,
+            which is read only as far as needed. Arrays are never resized here.
         size: width and height that frames are resized to, as the official loaders do; None: not.
 
     Raises:
@@ -123,6 +142,10 @@ def open_video(source: Source, size: int | None = None) -> Video:
     """
     if isinstance(source, np.ndarray):
         return ArrayVideo(source)
+    if isinstance(source, Iterable) and not isinstance(source, str | bytes | os.PathLike):
+        from sam2jax.io.spool import IteratorVideo
+
+        return IteratorVideo(source)
     from sam2jax.io.container import ContainerVideo
 
     if isinstance(source, bytes):
