@@ -79,6 +79,9 @@ class SAM2Config:
 
     image_size: int = 1024
     dtype: DType = "float32"
+    # Objects that are computed as one batch. One fills a CPU, and a large accelerator at 1024 px;
+    # take more for small images, and all of them where objects are sharded over devices.
+    objects_at_once: int = 1
 
     dynamic_multimask_via_stability: bool = True
     dynamic_multimask_stability_delta: float = 0.05
@@ -107,6 +110,8 @@ class SAM2Config:
                 "memory_temporal_stride_for_eval must be at least 1, got "
                 f"{self.memory_temporal_stride_for_eval}."
             )
+        if self.objects_at_once < 1:
+            raise ValueError(f"objects_at_once must be at least 1, got {self.objects_at_once}.")
         if self.fill_hole_area < 0:
             raise ValueError(f"fill_hole_area must not be negative, got {self.fill_hole_area}.")
 

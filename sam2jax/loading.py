@@ -24,6 +24,7 @@ OPTIONS = (  # what can be chosen for a model that is already trained
     "memory_temporal_stride_for_eval",
     "multimask_min_pt_num",
     "multimask_max_pt_num",
+    "objects_at_once",
 )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,5 +146,18 @@ def test_pointer_distances_follow_the_length_of_a_short_clip():
     read = bank_ops.read(CONFIG, bank, jnp.int32(6), jnp.int32(1), jnp.int32(5))
     count = int(read.num_pointers)
     # Four frames back at most, and the conditioning frame whatever its distance.
-    assert read.pointer_frame[:count].tolist() == [0, 2, 3, 4, 5]
-    np.testing.assert_allclose(read.pointer_position[:count], np.array([6, 4, 3, 2, 1]) / 4)
+    assert read.pointer_frame[:count].tolist() == [0, 5, 4, 3, 2]
+    np.testing.assert_allclose(read.pointer_position[:count], np.array([6, 1, 2, 3, 4]) / 4)
+
+
+def test_what_is_read_does_not_depend_on_the_order_of_writing():
+    """Not even in its order, so that answers are the same to the last bit."""
+
+    def filled(order):
+        bank = bank_ops.empty(CONFIG, 4)
+        for index, conditioning in order:
+            bank = write(bank, index, conditioning=conditioning)
+        return bank_ops.read(CONFIG, bank, jnp.int32(9), jnp.int32(1), jnp.int32(16))
+
+    frames = [(0, True), (5, True), (4, False), (6, False), (7, False), (8, False)]
+    chex.assert_trees_all_equal(filled(frames), filled(frames[:2][::-1] + frames[2:][::-1]))

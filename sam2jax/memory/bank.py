@@ -87,7 +87,8 @@ def read(
     spare_place, spare_valid = _find(bank.cond_frame, wanted)
     tpos = jnp.concatenate([jnp.where(selected, config.num_maskmem - 1, spare_place), recent_place])
     valid = jnp.concatenate([selected | (spare & spare_valid), recent_valid])
-    spatial_order, num_spatial = _valid_first(valid, _capacity(config, bank) + config.num_recent)
+    rank = jnp.concatenate([jnp.where(selected, bank.cond_frame - FAR, spare_place), recent_place])
+    spatial_order, num_spatial = _in_order(valid, rank, _capacity(config, bank) + config.num_recent)
     spatial_frame = jnp.concatenate([bank.cond_frame, bank.recent_frame])[spatial_order]
 
     # Object pointers.
@@ -105,7 +106,10 @@ def read(
             (bank.pointer_frame != EMPTY) & near(recent_distance),
         ]
     )
-    order, num_pointers = _valid_first(valid, _capacity(config, bank) + config.num_recent_pointers)
+    rank = jnp.concatenate([bank.cond_frame - FAR, recent_distance])
+    order, num_pointers = _in_order(
+        valid, rank, _capacity(config, bank) + config.num_recent_pointers
+    )
     pointer_frame = jnp.concatenate([bank.cond_frame, bank.pointer_frame])[order]
     return MemoryRead(
         spatial=jnp.concatenate([bank.cond_spatial, bank.recent_spatial])[spatial_order],
@@ -222,9 +226,13 @@ def _find(frames: Array, wanted: Array) -> tuple[Array, Array]:
     return jnp.argmax(match, axis=1).astype(jnp.int32), jnp.any(match, axis=1)
 
 
-def _valid_first(valid: Array, capacity: int) -> tuple[Array, Array]:
-    """Indices with the valid ones in front, cut to `capacity`, and how many are valid."""
-    order = jnp.argsort(~valid)[:capacity]
+def _in_order(valid: Array, rank: Array, capacity: int) -> tuple[Array, Array]:
+    """Indices of the valid entries by rank, cut to `capacity`, and how many are valid.
+
+    Ranks come from frame indices, so that what is read, to the last bit, does not depend on which
+    slot holds what.
+    """
+    order = jnp.argsort(jnp.where(valid, rank, FAR))[:capacity]
     return order, jnp.sum(valid, dtype=jnp.int32)
 
 

@@ -64,7 +64,9 @@ def _neighbourhood_max(x: Array) -> Array:
 def non_overlapping(masks: Array) -> Array:
     """Leaves each pixel to the object that scores highest there: [N, H, W] logits.
 
-    The others are pushed to -10 or below (official `_apply_non_overlapping_constraints`).
+    The others are pushed to -10 or below (official `_apply_non_overlapping_constraints`). NumPy
+    arrays give NumPy arrays.
     """
-    winner = jnp.argmax(masks, axis=0)[None] == jnp.arange(masks.shape[0])[:, None, None]
-    return jnp.where(winner, masks, jnp.minimum(masks, -10.0))
+    xp = masks.__array_namespace__()
+    winner = xp.argmax(masks, axis=0)[None] == xp.arange(masks.shape[0])[:, None, None]
+    return xp.where(winner, masks, xp.minimum(masks, xp.asarray(-10.0, dtype=masks.dtype)))

@@ -24,7 +24,7 @@ from sam2jax.predictors.session import (
     power_of_two,
 )
 from sam2jax.tracking.state import require_memory
-from sam2jax.tracking.step import encode_frame, process_ahead, process_frame
+from sam2jax.tracking.step import encode_frame, process_ahead, process_frame, time_direction
 from sam2jax.types import NO_OBJ_SCORE, ImageFeatures, Prompts
 
 # Options of the predictor itself; all others belong to the model's configuration.
@@ -238,7 +238,7 @@ class SAM2VideoPredictor:
                     )
                 features = self._features(state, frame)
                 tracker, output, memory = _process(
-                    self.model, self.params, tracker, features, None, reverse=reverse
+                    self.model, self.params, tracker, features, None, time_direction(reverse)
                 )
                 records = _records(output.masks, memory, state.offload_state_to_cpu)
                 for history, record in zip(histories, records, strict=False):
@@ -299,7 +299,7 @@ class SAM2VideoPredictor:
                 tracker,
                 features,
                 prompts,
-                reverse=history.tracked[frame],
+                time_direction(history.tracked[frame]),
             )
         else:
             output, memory = _process_ahead(self.model, self.params, tracker, features, prompts)
@@ -323,7 +323,7 @@ class SAM2VideoPredictor:
 
 
 _encode = jax.jit(encode_frame, static_argnames="model")
-_process = jax.jit(process_frame, static_argnames=("model", "reverse"))
+_process = jax.jit(process_frame, static_argnames="model")
 
 
 @partial(jax.jit, static_argnums=0)

@@ -14,7 +14,13 @@ from jax.core import Tracer
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.tracking.checks import check_frame, check_prompts, check_state
 from sam2jax.tracking.state import TrackState, init_state
-from sam2jax.tracking.step import encode_frame, process_ahead, process_frame, scale_prompts
+from sam2jax.tracking.step import (
+    encode_frame,
+    process_ahead,
+    process_frame,
+    scale_prompts,
+    time_direction,
+)
 from sam2jax.types import CONDITIONING, EMPTY, NONE, Array, ClipPrompts, FrameOutput, Prompts
 
 
@@ -88,12 +94,14 @@ def _track(model, params, frames, prompts, state, *, reverse, ahead):
     if ahead:
         state = _encode_all_ahead(model, params, frames, prompts, state, reverse)
 
+    direction = time_direction(reverse)
+
     def body(state: TrackState, frame: Array):
         now = None
         if prompts is not None:
             now = scale_prompts(model.config, _prompts_at(prompts, state.frame_index), frame)
         features = encode_frame(model, params, frame)
-        state, output, _ = process_frame(model, params, state, features, now, reverse=reverse)
+        state, output, _ = process_frame(model, params, state, features, now, direction)
         return state, output
 
     return jax.lax.scan(body, state, frames, reverse=reverse)

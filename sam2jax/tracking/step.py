@@ -112,7 +112,8 @@ def _step(model, params, state, frame, prompts, *, reverse):
     features = encode_frame(model, params, frame)
     if prompts is not None:
         prompts = scale_prompts(model.config, prompts, frame)
-    state, output, _ = process_frame(model, params, state, features, prompts, reverse=reverse)
+    direction = time_direction(reverse)
+    state, output, _ = process_frame(model, params, state, features, prompts, direction)
     return state, output
 
 
@@ -123,9 +124,19 @@ def _condition(model, params, state, frame, prompts, frame_index):
     return process_ahead(model, params, state, features, prompts, frame_index)[0]
 
 
+def time_direction(reverse: bool) -> Array:
+    """1 forward, -1 in reverse: [] int32."""
+    return jnp.int32(-1 if reverse else 1)
+
+
 def encode_frame(model: SAM2, params: Any, frame: Array) -> ImageFeatures:
     """Features of one frame, [H, W, 3] or [S, S, 3] as in `step`."""
-    images = preprocess_image(frame[None], model.config.image_size)
+    return encode_frames(model, params, frame[None])
+
+
+def encode_frames(model: SAM2, params: Any, frames: Array) -> ImageFeatures:
+    """Features of several frames, encoded as one batch."""
+    images = preprocess_image(frames, model.config.image_size)
     return run_model(model, params, "encode_image", images)
 
 
@@ -147,14 +158,12 @@ def process_frame(
     state: TrackState,
     features: ImageFeatures,
     prompts: Prompts | None,
-    *,
-    reverse: bool,
+    direction: Array,
 ) -> tuple[TrackState, FrameOutput, FrameMemory]:
     """`step` on an encoded frame, with points in pixels of the model's image.
 
     It also returns what the frame leaves behind, for callers that keep history.
     """
-    direction = jnp.int32(-1 if reverse else 1)
     if prompts is None:
         prompts = Prompts.none(state.num_objects)
     output, memory = _answer_frame(model, params, state, features, prompts, direction)
@@ -186,30 +195,52 @@ def process_ahead(
     return state.replace(bank=bank), output, memory
 
 
-def _answer_frame(model, params, state, features, prompts, direction):
-    """A frame's answer and memory, object by object, as if each were to be written."""
-    config = model.config
+def _answer_frame(
+    model: SAM2,
+    params: Any,
+    state: TrackState,
+    features: ImageFeatures,
+    prompts: Prompts,
+    direction: Array,
+) -> tuple[FrameOutput, FrameMemory]:
+    """A frame's answer and memory, as if each were to be written.
 
-    run = partial(run_model, model, params)
+    Objects are independent given the frame's features. They are taken a few at a time, and those
+    that have neither memory nor prompt cost nothing.
+    """
+    count, group = state.num_objects, model.config.objects_at_once
+    group = max(size for size in range(1, count + 1) if count % size == 0 and size <= group)
+
+    def answer(item: tuple[TrackState, Prompts]) -> tuple[FrameOutput, FrameMemory]:
+        return _answer_group(model, params, *item, features, direction)
+
+    def split(x: Array) -> Array:
+        return x.reshape(count // group, group, *x.shape[1:])
+
+    def join(x: Array) -> Array:
+        return x.reshape(count, *x.shape[2:])
+
+    shared = {"frame_index": state.frame_index, "num_frames": state.num_frames}
+    bank, prompts = jax.tree.map(split, (state.bank, prompts))
+    answers = jax.lax.map(
+        lambda x: answer((TrackState(bank=x[0], **shared), x[1])), (bank, prompts)
+    )
+    return jax.tree.map(join, answers)
+
+
+def _answer_group(model, params, state, prompts, features, direction):
+    config = model.config
     memory_read = jax.vmap(bank_ops.read, in_axes=(None, 0, None, None, None))(
         config, state.bank, state.frame_index, direction, state.num_frames
     )
-    mask = None
-    if prompts.mask is not None:
-        mask = _fit_mask_prompt(prompts.mask, config.image_size)
-    conditioned = _condition_features(run, state, features, memory_read, prompts)
-    candidates = _decode(run, features, conditioned, prompts, mask)
-    answer = _choose(run, config, candidates, prompts)
-    if mask is not None:
-        answer = _answer_with_mask(run, answer, mask, prompts.has_mask)
-
-    shown = (
-        fill_holes(answer.masks, config.fill_hole_area) if config.fill_hole_area else answer.masks
-    )
-    weights = _memory_weights(config, answer.masks, shown, prompts)
     known = state.bank.has_memory | (prompts.kind != NONE)
+    answer, spatial = jax.lax.cond(
+        jnp.any(known),
+        lambda: _segment(model, params, state, features, memory_read, prompts),
+        lambda: _no_answer(config, state.num_objects),
+    )
     output = FrameOutput(
-        masks=jnp.where(known[:, None, None], shown, NO_OBJ_SCORE),
+        masks=jnp.where(known[:, None, None], answer.masks, NO_OBJ_SCORE),
         iou=jnp.where(known, answer.iou, 0.0),
         object_score=jnp.where(known, answer.object_score, NO_OBJ_SCORE),
         memory_frames=memory_read.spatial_frame,
@@ -217,7 +248,7 @@ def _answer_frame(model, params, state, features, prompts, direction):
     )
     memory = FrameMemory(
         frame=jnp.broadcast_to(state.frame_index, known.shape),
-        spatial=run("encode_memory", features.features, weights, answer.object_score),
+        spatial=spatial,
         pointer=answer.pointer,
         iou=answer.iou,
         object_score=answer.object_score,
@@ -225,7 +256,38 @@ def _answer_frame(model, params, state, features, prompts, direction):
     return output, memory
 
 
-def _fit_mask_prompt(mask: Array, size: int) -> Array:
+def _segment(model, params, state, features, memory_read, prompts) -> tuple[Answer, Array]:
+    """From features to masks, with their holes filled, and to the spatial memory of them."""
+    config = model.config
+    run = partial(run_model, model, params)
+    mask = None
+    if prompts.mask is not None:
+        mask = fit_mask_prompt(prompts.mask, config.image_size)
+    conditioned = _condition_features(run, state, features, memory_read, prompts)
+    candidates = _decode(run, features, conditioned, prompts, mask)
+    answer = _choose(run, config, candidates, prompts)
+    if mask is not None:
+        answer = _answer_with_mask(run, answer, mask, prompts.has_mask)
+    shown = answer.masks
+    if config.fill_hole_area:
+        shown = fill_holes(shown, config.fill_hole_area)
+    weights = _memory_weights(config, answer.masks, shown, prompts)
+    spatial = run("encode_memory", features.features, weights, answer.object_score)
+    return answer.replace(masks=shown), spatial
+
+
+def _no_answer(config: SAM2Config, count: int) -> tuple[Answer, Array]:
+    """Of the shapes that `_segment` returns."""
+    answer = Answer(
+        masks=jnp.zeros((count, config.mask_size, config.mask_size)),
+        iou=jnp.zeros(count),
+        object_score=jnp.zeros(count),
+        pointer=jnp.zeros((count, config.hidden_dim)),
+    )
+    return answer, jnp.zeros((count, config.feature_size**2, config.mem_dim), jnp.bfloat16)
+
+
+def fit_mask_prompt(mask: Array, size: int) -> Array:
     """A mask prompt at the model's size, 0 or 1: [N, S, S]. One of that size is taken as it is."""
     if mask.shape[-2:] == (size, size):
         return mask.astype(jnp.float32)
