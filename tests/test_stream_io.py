@@ -1,11 +1,20 @@
 """Frames of unknown number: iterators, reading ahead, and live streams."""
 
+import gc
+import itertools
+import subprocess
+import sys
+import threading
+import time
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from sam2jax.io.video import open_video
+from sam2jax.io.reader import FrameReader
+from sam2jax.io.video import ArrayVideo, open_video
 from tests.clips import number, picture, write_clip
+from tests.conftest import ROOT
 
 
 class Camera:
@@ -117,3 +126,140 @@ def test_iterator_that_fails_does_not_look_as_if_it_had_ended():
         with pytest.raises(RuntimeError, match="unplugged"):
             len(video)
     assert not video[0].any()
+
+
+# Reading ahead -----------------------------------------------------------------------------------
+
+
+class Slow(ArrayVideo):
+    """Twenty frames; notes what is read and in which thread, and waits at those that are held."""
+
+    def __init__(self, num_frames=20, side=16):
+        super().__init__(np.stack([picture(i, side, side) for i in range(num_frames)]))
+        self.reads, self.threads, self.held = [], set(), {}
+        self.broken = set()
+
+    def _read(self, index):
+        self.reads.append(index)
+        self.threads.add(threading.current_thread())
+        if index in self.held:
+            assert self.held[index].wait(10)
+        if index in self.broken:
+            raise ValueError(f"frame {index} is damaged")
+        return super()._read(index)
+
+
+@pytest.fixture
+def slow():
+    return Slow()
+
+
+def test_reader_reads_ahead_in_one_thread(slow):
+    reader = FrameReader(slow)
+    for index in range(17):
+        assert number(reader.read(index, range(index + 1, index + 4))) == index
+    reader.close()  # waits for what is begun
+    assert slow.reads == list(range(len(slow.reads))) and len(slow.reads) >= 17
+    (thread,) = slow.threads
+    assert thread is not threading.current_thread() and not thread.is_alive()
+    with pytest.raises(ValueError, match="closed"):
+        reader.read(0)
+
+
+def test_reader_works_while_nobody_waits(slow):
+    reader = FrameReader(slow)
+    reader.read(3, ahead=[2, 1])
+    wait_until(lambda: slow.reads == [3, 2, 1])
+    assert number(reader.read(1)) == 1 and slow.reads == [3, 2, 1]
+    reader.close()
+
+
+def test_reader_does_not_wait_for_what_is_no_longer_wanted(slow):
+    reader, slow.held[1] = FrameReader(slow), threading.Event()
+    reader.read(0, ahead=[1, 2, 3, 4])
+    wait_until(lambda: slow.reads == [0, 1])
+    threading.Timer(0.05, slow.held[1].set).start()
+    assert number(reader.read(15)) == 15
+    assert slow.reads == [0, 1, 15]
+    assert number(reader.read(3)) == 3  # though it was given up before
+    reader.close()
+
+
+def test_reader_keeps_few_frames(slow, monkeypatch):
+    monkeypatch.setattr("sam2jax.io.reader._BUDGET", 10 * 16 * 16 * 3)
+    reader = FrameReader(slow)
+    for index in [*range(10), 0]:
+        assert number(reader.read(index)) == index
+    assert slow.reads == list(range(10))
+    for index in (10, 0, 9, 2, 1):  # 1 had to go, being the one not asked for for longest
+        reader.read(index)
+    assert slow.reads == [*range(11), 1]
+    assert not reader.read(2).flags.writeable
+    reader.close()
+
+
+def test_reader_raises_what_the_video_raises(slow):
+    reader = FrameReader(slow)
+    slow.broken = {5, 6}
+    assert number(reader.read(4, ahead=[5, 100])) == 4  # neither is asked for yet
+    wait_until(lambda: slow.reads == [4, 5])
+    for index in (5, 6):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"frame {index} is damaged"):
+                reader.read(index)
+    with pytest.raises(IndexError, match="20 frames, not frame 100"):
+        reader.read(100)
+    slow.broken = set()
+    assert [number(reader.read(index)) for index in (5, 6)] == [5, 6]
+    reader.close()
+
+
+def test_reader_takes_any_number_ahead(slow):
+    reader = FrameReader(slow)
+    assert number(reader.read(0, ahead=itertools.count(1))) == 0
+    reader.close()
+    assert slow.reads[0] == 0 and len(slow.reads) <= 8
+
+
+def test_reader_reads_an_iterator_no_further_than_asked():
+    camera = Camera(None)
+    reader = FrameReader(open_video(camera))
+    assert number(reader.read(2, ahead=[3, 4])) == 2
+    wait_until(lambda: camera.taken == 5)
+    reader.close()
+    assert camera.taken == 5
+
+
+def test_forgotten_reader_ends_its_thread(slow):
+    reader = FrameReader(slow)
+    reader.read(0)
+    (thread,) = slow.threads
+    del reader
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_reader_does_not_hold_up_the_end_of_the_program():
+    code = """
+import threading, numpy as np
+from sam2jax.io.reader import FrameReader
+from sam2jax.io.video import open_video
+def frames():
+    yield np.zeros((8, 8, 3), np.uint8)
+    print("waiting", flush=True)
+    threading.Event().wait()
+reader = FrameReader(open_video(frames()))
+reader.read(0, ahead=[1])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def wait_until(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "this did not happen within 10 s"
+        time.sleep(0.001)
