@@ -41,8 +41,7 @@ class ContainerVideo(Video):
         self._index = _scan(source, self.name)
         self.num_frames = len(self._index.times)
         self._kept: dict[int, Any] = {}  # decoded frames, by number
-        self._scaler: av.filter.Graph | None = None
-        self._coded: tuple[int, int] | None = None  # (width, height) before rotation
+        self._converter: Converter | None = None  # known from the first frame on
         self._container: Any = None
         self._rewind()
         try:
@@ -52,11 +51,9 @@ class ContainerVideo(Video):
         self._kept[0] = first
         self._index = self._index.starting_at(first.pts)
         self.num_frames = len(self._index.times)
-        self._coded = (first.width, first.height)
-        self._turns = {90: 1, 180: 2, 270: 3}.get(round(first.rotation) % 360, 0)  # to the left
-        self.width, self.height = reversed(self._coded) if self._turns % 2 else self._coded
-        rate = self._stream.average_rate or self._stream.guessed_rate
-        self.fps = Fraction(rate.numerator, rate.denominator) if rate else None
+        self._converter = Converter(first)
+        self.height, self.width = self._converter.height, self._converter.width
+        self.fps = frame_rate(self._stream)
         self._room = max(8, _BUDGET // sum(plane.buffer_size for plane in first.planes))
 
     def close(self) -> None:
@@ -88,14 +85,10 @@ class ContainerVideo(Video):
             raise IndexError(self._next)
         if frame.is_corrupt:
             raise self._damaged()
-        size = (frame.width, frame.height)
-        if self._coded not in (None, size):
-            raise ValueError(
-                f"{self.name} changes its size at frame {self._next}; all frames must have the "
-                "same size. Re-encode it with one size first."
-            )
-        if self._coded and not self._index.agrees(self._next, frame.pts):
-            self._index = self._index.without_times()  # packets without a frame: count from 0
+        if self._converter is not None:
+            self._converter.check(frame, self._next, self.name)
+            if not self._index.agrees(self._next, frame.pts):
+                self._index = self._index.without_times()  # packets without a frame: count from 0
         self._next += 1
         return frame
 
@@ -109,7 +102,7 @@ class ContainerVideo(Video):
         if self._container is not None:
             self._container.close()
         self._container = _open(self._source, self.name)
-        self._stream = _video_stream(self._container, self.name)
+        self._stream = video_stream(self._container, self.name)
         self._stream.thread_type = "AUTO"
         self._frames = self._container.decode(self._stream)
         self._next = 0
@@ -131,15 +124,43 @@ class ContainerVideo(Video):
         self._rewind()
 
     def _image(self, native: Any) -> np.ndarray:
-        if self.size is None:
-            return self._original(native)
-        if self._scaler is None:
-            self._scaler = _scaler(self._stream, self._turns, self.size)
-        self._scaler.push(native)
-        return self._scaler.pull().to_ndarray()
+        assert self._converter is not None
+        return self._converter.image(native, self.size)
 
     def _original(self, native: Any) -> np.ndarray:
-        return np.ascontiguousarray(np.rot90(native.to_ndarray(format="rgb24"), self._turns))
+        assert self._converter is not None
+        return self._converter.original(native)
+
+
+class Converter:
+    """Makes RGB arrays of decoded frames, turned upright as the first one asks for."""
+
+    def __init__(self, first: Any):
+        self._coded = (first.width, first.height)  # before rotation
+        self._turns = {90: 1, 180: 2, 270: 3}.get(round(first.rotation) % 360, 0)  # to the left
+        self.width, self.height = reversed(self._coded) if self._turns % 2 else self._coded
+        self._scaler: av.filter.Graph | None = None
+
+    def check(self, frame: Any, index: int, name: str) -> None:
+        """ValueError where a frame is not as large as the first."""
+        if (frame.width, frame.height) != self._coded:
+            raise ValueError(
+                f"{name} changes its size at frame {index}; all frames must have the same size. "
+                "Re-encode it with one size first."
+            )
+
+    def image(self, frame: Any, size: int | None) -> np.ndarray:
+        """uint8 RGB [size, size, 3], the same size every time; None: the frame's own."""
+        if size is None:
+            return self.original(frame)
+        if self._scaler is None:
+            self._scaler = _scaler(frame, self._turns, size)
+        self._scaler.push(frame)
+        return self._scaler.pull().to_ndarray()
+
+    def original(self, frame: Any) -> np.ndarray:
+        """uint8 RGB [H, W, 3]."""
+        return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), self._turns))
 
 
 class _Index(NamedTuple):
@@ -184,7 +205,7 @@ def _scan(source: pathlib.Path | bytes, name: str) -> _Index:
     with contextlib.closing(_open(source, name)) as container:
         timed = container.format.name not in _UNTIMED
         try:
-            for packet in container.demux(_video_stream(container, name)):
+            for packet in container.demux(video_stream(container, name)):
                 if not packet.size or packet.is_discard:
                     continue
                 if packet.is_corrupt:
@@ -221,7 +242,8 @@ def _open(source: pathlib.Path | bytes, name: str) -> Any:
         ) from error
 
 
-def _video_stream(container: Any, name: str) -> Any:
+def video_stream(container: Any, name: str) -> Any:
+    """The first film in a container; ValueError where there is none."""
     # The tty demuxer takes any .txt for a film of its letters; a cover picture is no film either.
     for stream in container.streams.video if container.format.name != "tty" else ():
         if not stream.disposition & Disposition.attached_pic:
@@ -229,10 +251,16 @@ def _video_stream(container: Any, name: str) -> Any:
     raise ValueError(f"{name} holds no video; expected a video file (mp4, mkv, mov, webm, ...).")
 
 
-def _scaler(stream: Any, turns: int, size: int) -> av.filter.Graph:
+def frame_rate(stream: Any) -> Fraction | None:
+    """Frames per second, as far as the container knows."""
+    rate = stream.average_rate or stream.guessed_rate
+    return Fraction(rate.numerator, rate.denominator) if rate else None
+
+
+def _scaler(frame: Any, turns: int, size: int) -> av.filter.Graph:
     """Rotation as the file asks for, then FFmpeg's bilinear scaler, then RGB: what decord does."""
     graph = av.filter.Graph()
-    nodes = [graph.add_buffer(template=stream)]
+    nodes = [graph.add_buffer(template=frame)]
     nodes += [graph.add(*turn) for turn in _TURNS.get(turns, ())]
     nodes += [
         graph.add("scale", f"{size}:{size}:flags=bilinear"),
