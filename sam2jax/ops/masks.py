@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sam2jax.types import Array
 
 HOLE_SCORE = 0.1  # what a filled hole's logit becomes (official `fill_holes_in_mask_scores`)
+
+AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
 
 def stability_score(masks: Array, delta: float) -> Array:
@@ -61,12 +66,12 @@ def _neighbourhood_max(x: Array) -> Array:
     return x
 
 
-def non_overlapping(masks: Array) -> Array:
+def non_overlapping(masks: AnyArray) -> AnyArray:
     """Leaves each pixel to the object that scores highest there: [N, H, W] logits.
 
     The others are pushed to -10 or below (official `_apply_non_overlapping_constraints`). NumPy
     arrays give NumPy arrays.
     """
-    xp = masks.__array_namespace__()
+    xp: Any = masks.__array_namespace__()
     winner = xp.argmax(masks, axis=0)[None] == xp.arange(masks.shape[0])[:, None, None]
     return xp.where(winner, masks, xp.minimum(masks, xp.asarray(-10.0, dtype=masks.dtype)))

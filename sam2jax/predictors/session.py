@@ -1,4 +1,4 @@
-"""What an interactive session on one video remembers, outside of the compiled program.
+"""What an interactive session on one video remembers, outside of the compiled programs.
 
 The tracker's bank is of constant size; a session keeps every frame's memory beside it, so that a
 user can go back, correct and track in either direction, and builds the bank for a starting frame
@@ -8,26 +8,29 @@ from that history.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, Literal, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sam2jax.config import SAM2Config
-from sam2jax.io.video import Video
-from sam2jax.memory.bank import MemoryBank, empty
+from sam2jax.memory.bank import MemoryBank
+from sam2jax.predictors.programs import Record, empty_bank, remember, stack
 from sam2jax.tracking.state import TrackState
-from sam2jax.types import Array, FrameMemory, ImageFeatures
+from sam2jax.types import ImageFeatures
+
+History = Literal["all", "none"]
+
+# Sizes that programs are compiled for at first; beyond them, powers of two.
+OBJECTS, COND_FRAMES = 8, 4
+# Prompted frames of an object that are kept where no history is.
+MOST_COND_FRAMES = 16
 
 
-@dataclasses.dataclass
-class Record:
-    """One object's answer on one frame, and what it left behind."""
+class Frames(Protocol):
+    """Where a session's frames come from: a `FrameReader`, or the last frame of a stream."""
 
-    masks: Array  # [S/4, S/4] float32 logits
-    memory: FrameMemory  # of one object
+    def read(self, index: int, ahead: Iterable[int] = ()) -> np.ndarray: ...
 
 
 @dataclasses.dataclass
@@ -50,6 +53,14 @@ class ObjectHistory:
         pending = self.pending_cond if cond else self.pending_recent
         return pending.get(frame) or self.cond.get(frame) or self.recent.get(frame)
 
+    def latest(self, frame: int) -> Record | None:
+        return self.pending_recent.get(frame) or self.answer(frame, cond=True)
+
+    @property
+    def is_prompted(self) -> bool:
+        """Whether there is, or will be, a conditioning frame to track from."""
+        return bool(self.cond or self.pending_cond)
+
     def settle(self, clear_around: int | None) -> None:
         """Makes pending answers memories (official `propagate_in_video_preflight`)."""
         for pending, settled in (
@@ -69,18 +80,50 @@ class ObjectHistory:
         for near in range(frame - reach, frame + reach + 1):
             self.recent.pop(near, None)
 
+    def clear_prompts(self, frame: int) -> None:
+        """Drops a frame's prompts; its answer stays, as that of a frame without."""
+        for held in (self.points, self.masks, self.pending_cond, self.pending_recent):
+            held.pop(frame, None)
+        if frame in self.cond:
+            self.recent[frame] = self.cond.pop(frame)
+            self.tracked.pop(frame, None)
+
+    def prune(self, frame: int, reach: int) -> None:
+        """Keeps what the bank keeps: frames within `reach`, and a few conditioning frames."""
+        while len(self.cond) > MOST_COND_FRAMES:
+            del self.cond[max(self.cond, key=lambda prompted: abs(prompted - frame))]
+        for held in (self.recent, self.tracked):
+            for far in [f for f in held if abs(f - frame) > reach]:
+                del held[far]
+        answered = {*self.cond, *self.tracked, *self.pending_cond, *self.pending_recent}
+        for prompts in (self.points, self.masks):
+            for gone in [f for f in prompts if f not in answered]:
+                del prompts[gone]
+
 
 @dataclasses.dataclass
 class InferenceState:
-    """A session on one video. `state["obj_ids"]` and the like read as in the official predictor."""
+    """A session on one video. `state["obj_ids"]` and the like read as in the official predictor.
 
-    video: Video
-    num_frames: int
+    A frame's memory of one object takes (S/16)^2 * 128 + (S/4)^2 * 4 bytes and a little more:
+    769 KiB at 1024 px, on the device, or on the host with `offload_state_to_cpu`.
+    """
+
+    video: Any  # sam2jax.io.video.Video, or what stands for it in a stream
+    frames: Frames
     video_height: int
     video_width: int
+    clip_length: int  # in frames, up to the number that pointer distances are divided by
+    source: str | None = None  # absolute path of the video, where it has one
     offload_state_to_cpu: bool = False
+    history: History = "all"
     objects: dict[Hashable, ObjectHistory] = dataclasses.field(default_factory=dict)
-    cached_features: tuple[int, ImageFeatures] | None = None
+    version: int = 0  # of what is remembered, raised by every change but tracking
+    cached_features: tuple[int, ImageFeatures] | None = None  # of the frame looked at last
+
+    @property
+    def num_frames(self) -> int:
+        return self.video.num_frames
 
     @property
     def obj_ids(self) -> list[Hashable]:
@@ -94,71 +137,54 @@ class InferenceState:
 
 def build_state(
     config: SAM2Config,
-    histories: list[ObjectHistory],
-    capacity: int,
+    state: InferenceState,
+    histories: Sequence[ObjectHistory],
     frame: int,
-    num_frames: int,
-    *,
-    reverse: bool,
+    direction: np.int32,
+    capacity: int,
 ) -> TrackState:
     """The tracker's state as it stands before `frame`, from what is remembered.
 
     Args:
       config: of the model.
+      state: of the session.
       histories: of N objects.
-      capacity: objects to make room for; those past N hold nothing.
       frame: index of the frame to be processed next.
-      num_frames: length of the video.
-      reverse: direction of tracking.
+      direction: 1 or, in reverse, -1.
+      capacity: objects to make room for; those past N hold nothing.
     """
-    room = power_of_two(max((len(h.cond) for h in histories), default=1))
-    banks = [_build_bank(config, h, room, frame, reverse=reverse) for h in histories]
-    banks += [empty(config, room)] * (capacity - len(banks))
+    room = power_of_two(max([COND_FRAMES, *(len(h.cond) for h in histories)]))
+    banks = [_build_bank(config, h, frame, direction, room) for h in histories]
+    banks += [empty_bank(config, room)] * (capacity - len(banks))
     return TrackState(
-        bank=jax.tree.map(lambda *x: jnp.stack(x), *banks),
-        frame_index=jnp.asarray(frame, jnp.int32),
-        num_frames=jnp.asarray(num_frames, jnp.int32),
+        bank=stack(*banks),
+        frame_index=np.int32(frame),  # type: ignore[arg-type]
+        num_frames=np.int32(state.clip_length),  # type: ignore[arg-type]
     )
 
 
 def _build_bank(
-    config: SAM2Config, history: ObjectHistory, room: int, frame: int, *, reverse: bool
+    config: SAM2Config, history: ObjectHistory, frame: int, direction: np.int32, room: int
 ) -> MemoryBank:
-    bank = empty(config, room)
-    sign = -1 if reverse else 1
-    stride = config.memory_temporal_stride_for_eval
-    past = sorted((f for f in history.recent if (frame - f) * sign > 0), reverse=not reverse)
-    nearest = [f for f in past if f == frame - sign or f % stride == 0][: config.num_recent]
+    def age(other: int) -> int:
+        return (frame - other) * int(direction)
 
-    def fill(frames: list[int], records: dict[int, Record], **fields: str) -> dict[str, Array]:
-        if not frames:
-            return {}
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *(records[f].memory for f in frames))
-        return {
-            ours: getattr(bank, ours).at[: len(frames)].set(getattr(stacked, theirs))
-            for ours, theirs in fields.items()
-        }
+    recent = [f for f in history.recent if 0 < age(f) <= memory_reach(config)]
+    recent.sort(key=age, reverse=True)
+    bank = empty_bank(config, room)
+    for frames, records, conditioning in (
+        (sorted(history.cond), history.cond, np.True_),
+        (recent, history.recent, np.False_),
+    ):
+        for index in frames:
+            bank = remember(config, bank, records[index].memory, direction, conditioning)
+    return bank
 
-    return bank.replace(
-        **fill(
-            list(history.cond),
-            history.cond,
-            cond_frame="frame",
-            cond_spatial="spatial",
-            cond_pointer="pointer",
-            cond_iou="iou",
-            cond_score="object_score",
-        ),
-        **fill(nearest, history.recent, recent_frame="frame", recent_spatial="spatial"),
-        **fill(
-            past[: config.num_recent_pointers],
-            history.recent,
-            pointer_frame="frame",
-            pointer="pointer",
-            pointer_iou="iou",
-            pointer_score="object_score",
-        ),
-    )
+
+def memory_reach(config: SAM2Config) -> int:
+    """How many frames back the bank's recent memories can lie."""
+    spatial = config.num_recent * config.memory_temporal_stride_for_eval
+    return max(spatial, config.num_recent_pointers)
 
 
 def power_of_two(count: int) -> int:

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+import operator
+import os
 from collections.abc import Hashable, Iterator, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sam2jax.config import SAM2Config
-from sam2jax.io.video import Source, open_video
-from sam2jax.loading import load
+from sam2jax.io.files import PathLike
+from sam2jax.io.reader import FrameReader
+from sam2jax.io.video import Source, Video, open_video
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.ops.masks import non_overlapping
-from sam2jax.ops.resize import resize_masks
-from sam2jax.predictors.session import (
-    InferenceState,
-    ObjectHistory,
-    Record,
-    build_state,
-    power_of_two,
-)
+from sam2jax.predictors import saving
+from sam2jax.predictors.options import load_with
+from sam2jax.predictors.programs import Record, at_size
+from sam2jax.predictors.prompting import NO_POINTS, answer, check_mask, check_points
+from sam2jax.predictors.propagation import Propagation
+from sam2jax.predictors.session import History, InferenceState, ObjectHistory
 from sam2jax.tracking.state import require_memory
-from sam2jax.tracking.step import encode_frame, process_ahead, process_frame, time_direction
-from sam2jax.types import NO_OBJ_SCORE, ImageFeatures, Prompts
+from sam2jax.types import NO_OBJ_SCORE, Array
 
 # Options of the predictor itself; all others belong to the model's configuration.
 PREDICTOR_OPTIONS = (
@@ -33,6 +30,14 @@ PREDICTOR_OPTIONS = (
     "clear_non_cond_mem_around_input",
     "add_all_frames_to_correct_as_cond",
 )
+
+
+class Scores(NamedTuple):
+    """What the model thinks of its answers on a frame."""
+
+    obj_ids: list[Hashable]
+    object_scores: np.ndarray  # [N] float32 logits, above 0: the object is in the frame
+    ious: np.ndarray  # [N] float32, predicted IoU of each mask
 
 
 class SAM2VideoPredictor:
@@ -73,10 +78,11 @@ class SAM2VideoPredictor:
         Args:
           source: as in `load`: a file, a folder, a hub id, or the name of a shipped model.
           **options: of `load` (`image_size`, `dtype`, `apply_postprocessing`, and every inference
-            option of `SAM2Config`) and of the constructor.
+            option of `SAM2Config`) and of the constructor. `device`, `mode` and `vos_optimized`
+            mean nothing here; they are accepted with a warning.
         """
-        own = {name: options.pop(name) for name in PREDICTOR_OPTIONS if name in options}
-        return cls(*load(source, **options), **own)
+        model, params, own = load_with(source, options, PREDICTOR_OPTIONS)
+        return cls(model, params, **own)
 
     @property
     def config(self) -> SAM2Config:
@@ -88,35 +94,50 @@ class SAM2VideoPredictor:
 
     def init_state(
         self,
-        video_path: Source,
+        video_path: Source | Video,
         offload_video_to_cpu: bool = False,
         offload_state_to_cpu: bool = False,
         async_loading_frames: bool = False,
+        *,
+        history: History = "all",
     ) -> InferenceState:
         """Opens a video.
 
         Args:
-          video_path: a video file or its bytes, a folder of JPEG or PNG frames, or an array,
-            uint8 RGB [T, H, W, 3].
-          offload_video_to_cpu: accepted; frames are decoded when they are needed, and stay on the
-            host until then.
-          offload_state_to_cpu: keep the frames' memories on the host.
+          video_path: a video file or its bytes, a folder of JPEG or PNG frames, an array, uint8
+            RGB [T, H, W, 3], an iterator of uint8 RGB [H, W, 3] frames, or an opened `Video`.
+          offload_video_to_cpu: accepted; frames are always read when they are needed, a little
+            ahead and by a thread of their own, and few are kept.
+          offload_state_to_cpu: keep the frames' memories on the host (`InferenceState` says how
+            large they are).
           async_loading_frames: accepted; see `offload_video_to_cpu`.
+          history: "all" keeps every frame's memory, so that any frame can be corrected and
+            tracked from. "none" keeps what the tracker itself looks back at, in constant memory:
+            a prompt on a frame further back makes it a conditioning frame, and of more than 16
+            of those an object loses the furthest.
 
         Raises:
           FileNotFoundError, ValueError: there is no such video, or it cannot be read; or the
             checkpoint is for images only.
         """
         require_memory(self.config)
-        video = open_video(video_path, self.image_size)
-        if video.num_frames == 0:
+        if history not in ("all", "none"):
+            raise ValueError(f"history must be 'all' or 'none', got {history!r}.")
+        is_open = isinstance(video_path, Video)
+        video = video_path if is_open else open_video(video_path, self.image_size)
+        if not video.reaches(0):
             raise ValueError(f"{video.name} has no frames.")
+        is_path = isinstance(video_path, str | os.PathLike)
+        longest = self.config.max_obj_ptrs_in_encoder
         return InferenceState(
             video=video,
-            num_frames=video.num_frames,
+            frames=FrameReader(video),
             video_height=video.height,
             video_width=video.width,
+            clip_length=longest if video.reaches(longest - 1) else video.num_frames,
+            source=os.path.abspath(video_path) if is_path else None,
             offload_state_to_cpu=offload_state_to_cpu,
+            history=history,
         )
 
     def add_new_points_or_box(
@@ -132,10 +153,13 @@ class SAM2VideoPredictor:
     ) -> tuple[int, list[Hashable], np.ndarray]:
         """Adds clicks or a box on a frame, and answers at once.
 
+        An earlier answer on this frame is fed back, even where its points are dropped, so that
+        two clicks one by one are not two clicks at once.
+
         Args:
           inference_state: from `init_state`.
           frame_idx: of the frame.
-          obj_id: any hashable; a new one adds an object.
+          obj_id: any hashable; a new one adds an object, at any time.
           points: [P, 2] as (x, y) in pixels of the video.
           labels: [P], 1 foreground, 0 background.
           clear_old_points: whether earlier points of this object on this frame are dropped.
@@ -144,32 +168,28 @@ class SAM2VideoPredictor:
 
         Returns:
           `frame_idx`, all object ids, and mask logits [N, 1, H, W] float32 at the video's size.
+
+        Raises:
+          ValueError: there is no such frame, or the prompt is not one.
+          RuntimeError: the frame was tracked, but the object has no conditioning frame any more.
         """
-        frame = self._check_frame(inference_state, frame_idx)
-        new_points, new_labels = _check_points(points, labels, box, clear_old_points)
+        state, frame, history = self._look_up(inference_state, frame_idx, obj_id)
+        points, labels = check_points(points, labels, box, clear_old_points)
         scale = np.array([self.image_size, self.image_size], np.float32)
         if normalize_coords:
-            size = (inference_state.video_width, inference_state.video_height)
-            scale = scale / np.array(size, np.float32)
-        new_points = new_points * scale
-
-        history = inference_state.objects.get(obj_id) or ObjectHistory()
+            scale /= np.array([state.video_width, state.video_height], np.float32)
+        points = points * scale
         if not clear_old_points and frame in history.points:
             old_points, old_labels = history.points[frame]
-            new_points = np.concatenate([old_points, new_points])
-            new_labels = np.concatenate([old_labels, new_labels])
-        is_cond = self._becomes_cond(history, frame)
-        previous = history.answer(frame, cond=is_cond)
-        prompts = Prompts.make(
-            points=[new_points],
-            labels=[new_labels],
-            logits=None if previous is None else [previous.masks],
-            refine=frame in history.tracked,
+            points = np.concatenate([old_points, points])
+            labels = np.concatenate([old_labels, labels])
+        previous = history.answer(frame, cond=self._becomes_cond(history, frame))
+        record = answer(
+            self.model, self.params, state, history, frame, (points, labels), previous=previous
         )
-        record = self._answer_prompt(inference_state, history, frame, prompts)
-        history.points[frame] = (new_points, new_labels)
+        history.points[frame] = (points, labels)
         history.masks.pop(frame, None)
-        return self._store_prompted(inference_state, obj_id, history, frame, record)
+        return self._store(state, obj_id, history, frame, record)
 
     def add_new_points(self, *args: Any, **kwargs: Any) -> tuple[int, list[Hashable], np.ndarray]:
         """The older name of `add_new_points_or_box`."""
@@ -182,17 +202,12 @@ class SAM2VideoPredictor:
 
         Arguments and results otherwise as in `add_new_points_or_box`.
         """
-        frame = self._check_frame(inference_state, frame_idx)
-        mask = np.asarray(mask)
-        if mask.ndim != 2 or 0 in mask.shape:
-            raise ValueError(f"Expected a mask [h, w], got shape {mask.shape}.")
-        history = inference_state.objects.get(obj_id) or ObjectHistory()
-        mask = mask.astype(bool)
-        prompts = Prompts.make(masks=[mask], refine=frame in history.tracked)
-        record = self._answer_prompt(inference_state, history, frame, prompts)
+        state, frame, history = self._look_up(inference_state, frame_idx, obj_id)
+        mask = check_mask(mask)
+        record = answer(self.model, self.params, state, history, frame, NO_POINTS, mask=mask)
         history.masks[frame] = mask
         history.points.pop(frame, None)
-        return self._store_prompted(inference_state, obj_id, history, frame, record)
+        return self._store(state, obj_id, history, frame, record)
 
     def propagate_in_video(
         self,
@@ -203,6 +218,9 @@ class SAM2VideoPredictor:
     ) -> Iterator[tuple[int, list[Hashable], np.ndarray]]:
         """Tracks all objects, frame by frame.
 
+        The session remembers a frame when it is yielded: the loop can be left at any frame,
+        prompts added, and tracking taken up from there.
+
         Args:
           inference_state: with a prompt for every object.
           start_frame_idx: None: the earliest prompted frame.
@@ -212,45 +230,132 @@ class SAM2VideoPredictor:
 
         Yields:
           Frame index, all object ids, and mask logits [N, 1, H, W] float32 at the video's size.
+          `scores` has the object scores and predicted IoUs.
 
         Raises:
-          RuntimeError: an object has no prompt.
+          RuntimeError: an object has no prompt; or objects were removed while the loop ran.
         """
-        state = inference_state
-        if not state.objects:
-            raise RuntimeError("No prompts: add points, a box or a mask for an object first.")
-        for obj_id, history in state.objects.items():
-            history.settle(self._clear_reach)
-            if not history.cond:
-                raise RuntimeError(f"Object {obj_id!r} has no prompt: add one, or remove it.")
-        order = _processing_order(state, start_frame_idx, max_frame_num_to_track, reverse)
-        obj_ids = state.obj_ids
-        histories = list(state.objects.values())
-        capacity = power_of_two(len(histories))
-        tracker = None  # the compiled tracker's state, where it follows on from the frame before
-        for frame in order:
-            if all(frame in history.cond for history in histories):
-                tracker = None
-            else:
-                if tracker is None:
-                    tracker = build_state(
-                        self.config, histories, capacity, frame, state.num_frames, reverse=reverse
-                    )
-                features = self._features(state, frame)
-                tracker, output, memory = _process(
-                    self.model, self.params, tracker, features, None, time_direction(reverse)
-                )
-                records = _records(output.masks, memory, state.offload_state_to_cpu)
-                for history, record in zip(histories, records, strict=False):
-                    if frame not in history.cond:
-                        history.recent[frame] = record
-            for history in histories:
-                history.tracked[frame] = reverse
-                if self._clear_reach is not None and frame in history.cond:
-                    history.forget_around(frame, self._clear_reach)
-                    tracker = None
-            records = [history.cond.get(frame) or history.recent[frame] for history in histories]
-            yield frame, obj_ids, self._at_video_size(state, records)
+        state = _check_state(inference_state)
+        if start_frame_idx is not None:
+            start_frame_idx = self._check_frame(state, start_frame_idx)
+        if max_frame_num_to_track is not None:
+            max_frame_num_to_track = operator.index(max_frame_num_to_track)
+        self.settle(state)
+        start = start_frame_idx
+        if start is None:
+            start = min(frame for history in state.objects.values() for frame in history.cond)
+        if reverse and start == 0:
+            return
+        stop = _stop(start, max_frame_num_to_track, reverse)
+        run = Propagation(self.model, self.params, state, reverse=reverse)
+        for frame, _, masks in run.run(start, stop):
+            self._clear_around_prompts(state, frame)
+            yield frame, run.obj_ids, self.video_masks(masks)
+
+    def scores(self, inference_state: InferenceState, frame_idx: int) -> Scores:
+        """Object scores and predicted IoUs of the latest answers on a frame.
+
+        An object without an answer there has the score -1024 and the IoU 0.
+        """
+        state = _check_state(inference_state)
+        frame = self._check_frame(state, frame_idx)
+        found = [history.latest(frame) for history in state.objects.values()]
+        answers = [(NO_OBJ_SCORE, 0.0) if r is None else _scores_of(r) for r in found]
+        table = np.array(answers, np.float32).reshape(-1, 2)
+        return Scores(state.obj_ids, table[:, 0], table[:, 1])
+
+    def clear_all_prompts_in_frame(
+        self,
+        inference_state: InferenceState,
+        frame_idx: int,
+        obj_id: Hashable,
+        need_output: bool = True,
+    ) -> tuple[int, list[Hashable], np.ndarray] | None:
+        """Drops an object's prompts on a frame, which is no conditioning frame any more.
+
+        Returns:
+          As `add_new_points_or_box`; None without `need_output`.
+
+        Raises:
+          RuntimeError: there is no such object (the official code adds one).
+        """
+        state, frame, history = self._look_up(inference_state, frame_idx, obj_id, known=True)
+        history.clear_prompts(frame)
+        state.version += 1
+        return self._answers_on(state, frame) if need_output else None
+
+    def remove_object(
+        self,
+        inference_state: InferenceState,
+        obj_id: Hashable,
+        strict: bool = False,
+        need_output: bool = True,
+    ) -> tuple[list[Hashable], list[tuple[int, np.ndarray]]]:
+        """Forgets an object; the others stay as they are.
+
+        Args:
+          inference_state: from `init_state`.
+          obj_id: of the object.
+          strict: whether an unknown object is an error.
+          need_output: whether answers are wanted.
+
+        Returns:
+          The ids that are left, and, by frame on which the object had been prompted, the others'
+          masks [N, 1, H, W].
+
+        Raises:
+          RuntimeError: there is no such object, and `strict`.
+        """
+        state = _check_state(inference_state)
+        if obj_id not in state.objects:
+            if strict:
+                raise _unknown_object(state, obj_id)
+            return state.obj_ids, []
+        history = state.objects.pop(obj_id)
+        state.version += 1
+        if not need_output or not state.objects:
+            return state.obj_ids, []
+        frames = sorted({*history.points, *history.masks})
+        return state.obj_ids, [(frame, self._answers_on(state, frame)[2]) for frame in frames]
+
+    def reset_state(self, inference_state: InferenceState) -> None:
+        """Forgets all objects; the video stays open."""
+        state = _check_state(inference_state)
+        state.objects.clear()
+        state.version += 1
+
+    def save_state(self, inference_state: InferenceState, path: PathLike) -> None:
+        """Writes a session (prompts, answers and memories) to a file, whole or not at all.
+
+        The video is not written. Object ids must be strings, numbers, or tuples of them.
+        """
+        saving.save(path, self.config, _check_state(inference_state))
+
+    def load_state(
+        self, path: PathLike, video_path: Source | Video | None = None
+    ) -> InferenceState:
+        """Continues a session that `save_state` wrote, with the same answers to the last bit.
+
+        Args:
+          path: of the file.
+          video_path: where the video is, as in `init_state`; None: where it was.
+
+        Raises:
+          FileNotFoundError: there is no such file or video.
+          ValueError: the file is damaged or no session, or it belongs to another model or video.
+        """
+
+        def open_state(header: dict[str, Any], _: Any) -> InferenceState:
+            source = header["video"]["source"] if video_path is None else video_path
+            if source is None:
+                raise ValueError(f"{path} does not say where its video is; give video_path.")
+            return self.init_state(
+                source,
+                offload_state_to_cpu=header["offload_state_to_cpu"],
+                history=header["history"],
+            )
+
+        return saving.load(path, self.config, open_state)
 
     @property
     def _clear_reach(self) -> int | None:
@@ -262,122 +367,96 @@ class SAM2VideoPredictor:
         return frame not in history.tracked or self.add_all_frames_to_correct_as_cond
 
     def _check_frame(self, state: InferenceState, frame_idx: Any) -> int:
-        if not isinstance(state, InferenceState):
-            raise TypeError(f"Expected what init_state returned, got {type(state).__name__}.")
-        frame = int(frame_idx)
-        if not 0 <= frame < state.num_frames:
+        frame = operator.index(frame_idx)
+        if not state.video.reaches(frame):
             raise ValueError(
                 f"The video has frames 0 to {state.num_frames - 1}, there is no frame {frame_idx}."
             )
         return frame
 
-    def _features(self, state: InferenceState, frame: int) -> ImageFeatures:
-        """A frame's features; the last ones are kept, for click after click on one frame."""
-        if state.cached_features is None or state.cached_features[0] != frame:
-            features = _encode(self.model, self.params, jnp.asarray(state.video[frame]))
-            state.cached_features = (frame, features)
-        return state.cached_features[1]
+    def _look_up(
+        self, inference_state: InferenceState, frame_idx: Any, obj_id: Hashable, known: bool = False
+    ) -> tuple[InferenceState, int, ObjectHistory]:
+        """The arguments of most calls, checked; a new object's history is empty."""
+        state = _check_state(inference_state)
+        frame = self._check_frame(state, frame_idx)
+        if known and obj_id not in state.objects:
+            raise _unknown_object(state, obj_id)
+        return state, frame, state.objects.get(obj_id) or ObjectHistory()
 
-    def _answer_prompt(
-        self, state: InferenceState, history: ObjectHistory, frame: int, prompts: Prompts
-    ) -> Record:
-        """Answers one object's prompt: without memory on a new frame, else with what is settled."""
-        features = self._features(state, frame)
-        refine = frame in history.tracked
-        tracker = build_state(
-            self.config,
-            [history],
-            1,
-            frame,
-            state.num_frames,
-            reverse=history.tracked.get(frame, False),
-        )
-        if refine:
-            _, output, memory = _process(
-                self.model,
-                self.params,
-                tracker,
-                features,
-                prompts,
-                time_direction(history.tracked[frame]),
-            )
-        else:
-            output, memory = _process_ahead(self.model, self.params, tracker, features, prompts)
-        return _records(output.masks, memory, state.offload_state_to_cpu)[0]
-
-    def _store_prompted(self, state, obj_id, history, frame, record):
+    def _store(
+        self,
+        state: InferenceState,
+        obj_id: Hashable,
+        history: ObjectHistory,
+        frame: int,
+        record: Record,
+    ) -> tuple[int, list[Hashable], np.ndarray]:
         is_cond = self._becomes_cond(history, frame)
         (history.pending_cond if is_cond else history.pending_recent)[frame] = record
         state.objects[obj_id] = history
-        answers = [h.answer(frame, cond=is_cond) for h in state.objects.values()]
-        return frame, state.obj_ids, self._at_video_size(state, answers)
+        state.version += 1
+        return self._answers_on(state, frame, cond=is_cond)
 
-    def _at_video_size(self, state: InferenceState, records: Sequence[Record | None]) -> np.ndarray:
-        """Answers at the video's size, of -1024 where an object has none: [N, 1, H, W]."""
-        size = (self.config.mask_size,) * 2
-        absent = jnp.full(size, NO_OBJ_SCORE)
-        masks = jnp.stack([absent if r is None else jnp.asarray(r.masks) for r in records])
-        video_size = (state.video_height, state.video_width)
-        masks = _finish(masks, video_size, self.non_overlap_masks)
-        return np.asarray(masks)[:, None]
+    def settle(self, state: InferenceState) -> None:
+        """Makes answers to prompts memories, once every object is known to have one."""
+        if not state.objects:
+            raise RuntimeError("No prompts: add points, a box or a mask for an object first.")
+        for obj_id, history in state.objects.items():
+            if not history.is_prompted:
+                raise RuntimeError(f"Object {obj_id!r} has no prompt: add one, or remove it.")
+        for history in state.objects.values():
+            history.settle(self._clear_reach)
+        state.version += 1
+
+    def _clear_around_prompts(self, state: InferenceState, frame: int) -> None:
+        if self._clear_reach is None:
+            return
+        for history in state.objects.values():
+            if frame in history.cond:
+                history.forget_around(frame, self._clear_reach)
+                state.version += 1
+
+    def _answers_on(
+        self, state: InferenceState, frame: int, cond: bool | None = None
+    ) -> tuple[int, list[Hashable], np.ndarray]:
+        """All objects' latest answers on a frame, of -1024 where an object has none."""
+        histories = state.objects.values()
+        if cond is None:
+            cond = any(frame in history.pending_cond for history in histories)
+        size = (state.video_height, state.video_width)
+        masks = []
+        for history in histories:
+            record = history.answer(frame, cond=cond)
+            masks.append(
+                np.full(size, NO_OBJ_SCORE, np.float32)
+                if record is None
+                else at_size(record.masks, size)
+            )
+        return frame, state.obj_ids, self.video_masks(masks)
+
+    def video_masks(self, masks: Sequence[Array | np.ndarray]) -> np.ndarray:
+        """[H, W] each -> [N, 1, H, W]."""
+        stacked = np.stack([np.asarray(mask) for mask in masks])
+        return (non_overlapping(stacked) if self.non_overlap_masks else stacked)[:, None]
 
 
-_encode = jax.jit(encode_frame, static_argnames="model")
-_process = jax.jit(process_frame, static_argnames="model")
-
-
-@partial(jax.jit, static_argnums=0)
-def _process_ahead(model, params, tracker, features, prompts):
-    _, output, memory = process_ahead(
-        model, params, tracker, features, prompts, tracker.frame_index
-    )
-    return output, memory
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def _finish(masks, size, exclusive):
-    masks = resize_masks(masks, size)
-    return non_overlapping(masks) if exclusive else masks
-
-
-def _records(masks, memory, offload: bool) -> list[Record]:
-    """Takes the objects apart."""
-    if offload:
-        masks, memory = jax.device_get((masks, memory))
-    return [
-        Record(masks=masks[i], memory=jax.tree.map(lambda x, i=i: x[i], memory))
-        for i in range(masks.shape[0])
-    ]
-
-
-def _processing_order(
-    state: InferenceState, start: int | None, count: int | None, reverse: bool
-) -> range:
-    if start is None:
-        start = min(frame for history in state.objects.values() for frame in history.cond)
-    count = state.num_frames if count is None else count
+def _stop(start: int, count: int | None, reverse: bool) -> int | None:
+    """One past the last frame; None: the end of the video."""
     if reverse:
-        return range(start, max(start - count, 0) - 1, -1) if start > 0 else range(0)
-    return range(start, min(start + count, state.num_frames - 1) + 1)
+        return -1 if count is None else max(start - count, 0) - 1
+    return None if count is None else start + count + 1
 
 
-def _check_points(points: Any, labels: Any, box: Any, clear_old_points: bool):
-    """Points and labels with a box's corners in front: [P, 2] float32, [P] int32."""
-    if (points is None) != (labels is None):
-        raise ValueError("points and labels must be given together.")
-    if points is None and box is None:
-        raise ValueError("Give points, a box, or both.")
-    if box is not None and not clear_old_points:
-        raise ValueError(
-            "A box must come before any point: it cannot be added with clear_old_points=False."
-        )
-    rows = np.zeros((0, 2), np.float32)
-    kinds = np.zeros(0, np.int32)
-    if points is not None:
-        rows = np.asarray(points, np.float32)
-        kinds = np.asarray(labels)
-        rows = rows[0] if rows.ndim == 3 and len(rows) == 1 else rows
-        kinds = kinds[0] if kinds.ndim == 2 and len(kinds) == 1 else kinds
-    checked = Prompts.make(points=[rows], labels=[kinds], boxes=[box])
-    count = int(checked.num_points[0])
-    return np.asarray(checked.points[0, :count]), np.asarray(checked.labels[0, :count])
+def _check_state(state: Any) -> InferenceState:
+    if not isinstance(state, InferenceState):
+        raise TypeError(f"Expected what init_state returned, got {type(state).__name__}.")
+    return state
+
+
+def _unknown_object(state: InferenceState, obj_id: Hashable) -> RuntimeError:
+    return RuntimeError(f"There is no object {obj_id!r}; the objects are {state.obj_ids}.")
+
+
+def _scores_of(record: Record) -> tuple[float, float]:
+    return float(record.memory.object_score), float(record.memory.iou)

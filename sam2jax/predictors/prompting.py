@@ -1,0 +1,118 @@
+"""One object's prompts on one frame: checked, and answered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sam2jax.config import SAM2Config
+from sam2jax.nn.sam2 import SAM2
+from sam2jax.predictors.programs import Record, answer_prompt, fit_mask
+from sam2jax.predictors.propagation import frame_features, stored
+from sam2jax.predictors.session import InferenceState, ObjectHistory, build_state, power_of_two
+from sam2jax.types import CONDITIONING, REFINEMENT, Prompts
+
+POINTS = 8  # that programs are compiled for at first; beyond them, powers of two
+NO_POINTS = np.zeros((0, 2), np.float32), np.zeros(0, np.int32)
+
+
+def answer(
+    model: SAM2,
+    params: Any,
+    state: InferenceState,
+    history: ObjectHistory,
+    frame: int,
+    points: tuple[np.ndarray, np.ndarray],
+    *,
+    mask: np.ndarray | None = None,
+    previous: Record | None = None,
+) -> Record:
+    """Answers a prompt: without memory on a new frame, else with the memories that are settled.
+
+    Args:
+      model, params: from `load`.
+      state: of the session.
+      history: of the object.
+      frame: index of the frame.
+      points: [P, 2] (x, y) in pixels of the model's image, and their labels [P].
+      mask: [h, w] bool; then there are no points.
+      previous: an earlier answer on this frame, which is fed back.
+    """
+    refine = frame in history.tracked
+    if refine and not history.cond:
+        raise RuntimeError(
+            f"Frame {frame} was tracked from prompts that are gone: prompt another frame, and "
+            "propagate, before correcting this one."
+        )
+    direction = np.int32(-1 if history.tracked.get(frame) else 1)
+    memory = history if refine else ObjectHistory()
+    record = answer_prompt(
+        model,
+        params,
+        build_state(model.config, state, [memory], frame, direction, capacity=1),
+        frame_features(model, params, state, frame),
+        _as_prompts(model.config, *points, mask, previous, refine),
+        direction,
+    )
+    return stored(record, state)
+
+
+def _as_prompts(
+    config: SAM2Config,
+    points: np.ndarray,
+    labels: np.ndarray,
+    mask: np.ndarray | None,
+    previous: Record | None,
+    refine: bool,
+) -> Prompts:
+    """Prompts with every field there, so that one program takes them all."""
+    width, size = power_of_two(max(POINTS, len(labels))), config.image_size
+    rows, kinds = np.zeros((1, width, 2), np.float32), np.zeros((1, width), np.int32)
+    rows[0, : len(points)], kinds[0, : len(labels)] = points, labels
+    no_mask, no_logits = np.zeros((size, size), np.float32), np.zeros((size // 4,) * 2, np.float32)
+    fields = {
+        "points": rows,
+        "labels": kinds,
+        "num_points": np.array([len(labels)], np.int32),
+        "kind": np.array([REFINEMENT if refine else CONDITIONING], np.int32),
+        "mask": (no_mask if mask is None else fit_mask(mask.astype(np.float32), size))[None],
+        "has_mask": np.array([mask is not None]),
+        "logits": (no_logits if previous is None else previous.masks)[None],
+        "has_logits": np.array([previous is not None]),
+    }
+    return Prompts(**fields)
+
+
+def check_mask(mask: Any) -> np.ndarray:
+    """A mask of any size and type, nonzero where the object is: [h, w] bool."""
+    mask = np.asarray(mask)
+    if mask.ndim != 2 or 0 in mask.shape:
+        raise ValueError(f"Expected a mask [h, w], got shape {mask.shape}.")
+    if not (np.issubdtype(mask.dtype, np.number) or mask.dtype == bool):
+        raise TypeError(f"Expected a mask of numbers or booleans, got {mask.dtype}.")
+    if not np.isfinite(mask).all():
+        raise ValueError("The mask must be finite.")
+    return mask.astype(bool)
+
+
+def check_points(points: Any, labels: Any, box: Any, clear_old_points: bool):
+    """Points and labels with a box's corners in front: [P, 2] float32, [P] int32."""
+    if (points is None) != (labels is None):
+        raise ValueError("points and labels must be given together.")
+    if points is None and box is None:
+        raise ValueError("Give points, a box, or both.")
+    if box is not None and not clear_old_points:
+        raise ValueError(
+            "A box must come before any point: it cannot be added with clear_old_points=False."
+        )
+    rows = np.zeros((0, 2), np.float32)
+    kinds = np.zeros(0, np.int32)
+    if points is not None:
+        rows = np.asarray(points, np.float32)
+        kinds = np.asarray(labels)
+        rows = rows[0] if rows.ndim == 3 and len(rows) == 1 else rows
+        kinds = kinds[0] if kinds.ndim == 2 and len(kinds) == 1 else kinds
+    checked = Prompts.make(points=[rows], labels=[kinds], boxes=[box])
+    count = int(checked.num_points[0])
+    return np.asarray(checked.points[0, :count]), np.asarray(checked.labels[0, :count])
