@@ -58,7 +58,7 @@ class Both:
             setattr(self.theirs, name, value)
         self.ours = sam2jax.SAM2VideoPredictor(both.model, both.params, **options)
         self.their_state = oracle.init_state(self.theirs, frames, SIZE)
-        self.our_state = _open(self.ours, frames)
+        self.our_state = self.ours.init_state(Preprocessed(frames, SIZE))
 
     def click(self, frame: int, obj: Any, *points: tuple, **given: Any) -> None:
         """Points are (x, y, label)."""
@@ -111,12 +111,6 @@ class Both:
             assert frozen(self.our_state) == before, f"{name} was refused and changed the state"
         else:
             raise AssertionError(f"{name} is refused by the official predictor and not by ours")
-
-
-def _open(predictor: sam2jax.SAM2VideoPredictor, frames: np.ndarray) -> Any:
-    state = predictor.init_state(np.zeros((len(frames), *SIZE, 3), np.uint8))
-    state.video = Preprocessed(frames, SIZE)
-    return state
 
 
 def _ask(
