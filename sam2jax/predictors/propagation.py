@@ -45,8 +45,7 @@ class Propagation:
         self._capacity = power_of_two(max(OBJECTS, len(self._histories)))
         self._tracker: TrackState | None = None
         self._version = state.version
-        # One frame fills a CPU; several, encoded as one batch, an accelerator.
-        self._chunk = 1 if jax.default_backend() == "cpu" else 8
+        self._chunk = frames_at_once()
 
     def run(self, start: int, stop: int | None) -> Iterator[FrameAnswer]:
         """Answers from frame `start` to `stop`, or to the end of the video, one chunk ahead.
@@ -58,7 +57,7 @@ class Propagation:
         ready: deque[FrameAnswer] = deque()
         upcoming = start
         while True:
-            if self._version != self.state.version and ready:
+            if self.is_outdated and ready:
                 upcoming = ready[0].frame
                 ready.clear()
             if len(ready) <= self._chunk:
@@ -73,7 +72,7 @@ class Propagation:
 
     def advance(self, frames: Sequence[int]) -> list[FrameAnswer]:
         """Answers on up to a chunk of consecutive frames; what is remembered stays as it is."""
-        if self._version != self.state.version:
+        if self.is_outdated:
             self._catch_up()
         histories = list(self._histories.values())
         busy = np.zeros((self._chunk, self._capacity), bool)
@@ -102,6 +101,11 @@ class Propagation:
                 history.recent[frame] = stored(record, self.state)
             if self.state.history == "none":
                 history.prune(frame, memory_reach(config))
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the session was changed since frames were last tracked."""
+        return self._version != self.state.version
 
     @property
     def obj_ids(self) -> list[Any]:
@@ -157,6 +161,11 @@ class Propagation:
         images = [self.state.frames.read(frame) for frame in frames]
         images += images[-1:] * (self._chunk - len(images))
         return encode(self.model, self.params, np.stack(images))
+
+
+def frames_at_once() -> int:
+    """One frame fills a CPU; several, encoded as one batch, an accelerator."""
+    return 1 if jax.default_backend() == "cpu" else 8
 
 
 def frame_features(model: SAM2, params: Any, state: InferenceState, frame: int) -> ImageFeatures:

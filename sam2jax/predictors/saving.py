@@ -24,6 +24,9 @@ from sam2jax.types import FrameMemory
 FORMAT = "sam2jax session 1"
 RECORDS = ("cond", "recent", "pending_cond", "pending_recent")
 
+# What NumPy and JSON raise for files that are not what they should be.
+DAMAGE = (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile)
+
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -59,7 +62,7 @@ def save(
         for name, value in _pack(history).items():
             arrays[f"{place}/{name}"] = value
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+        np.savez(file, **arrays)
 
 
 def load(
@@ -104,18 +107,19 @@ def load(
 
 
 def _read(path: PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    refusal = f"{path} is no session that sam2jax wrote, or it is damaged."
+    """The header and the arrays; what the file's checksums and header let pass is whole."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         header = json.loads(arrays.pop("header").tobytes())
+        if header["format"] == FORMAT:
+            return header, arrays
+        problem: Exception | None = None
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(refusal) from error
-    if header.get("format") != FORMAT:
-        raise ValueError(refusal)
-    return header, arrays
+    except DAMAGE as error:
+        problem = error
+    raise ValueError(f"{path} is no session that sam2jax wrote, or it is damaged.") from problem
 
 
 def _pack(history: ObjectHistory) -> dict[str, np.ndarray]:
