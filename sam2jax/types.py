@@ -144,7 +144,7 @@ class Prompts(struct.PyTreeNode):
             )
         count = next(iter(lengths.values()))
         rows = [
-            _point_rows(i, *(c[i] if c is not None else None for c in columns.values()))
+            point_rows(i, *(c[i] if c is not None else None for c in columns.values()))
             for i in range(count)
         ]
         longest = max(max(len(row_labels) for _, row_labels in rows), 1)
@@ -214,8 +214,8 @@ def _widen(prompts: Prompts, width: int) -> Prompts:
     )
 
 
-def _point_rows(index: int, points: Any, labels: Any, box: Any, mask: Any):
-    """One object's points and labels, a box's corners first: [P, 2], [P]."""
+def point_rows(index: int, points: Any, labels: Any, box: Any, mask: Any):
+    """One object's points and labels, checked, a box's corners first: [P, 2], [P] in NumPy."""
     if labels is not None and points is None:
         raise ValueError(f"Object {index} has labels but no points.")
     if mask is not None and (points is not None or box is not None):

@@ -11,7 +11,7 @@ from sam2jax.nn.sam2 import SAM2
 from sam2jax.predictors.programs import Record, answer_prompt, fit_mask
 from sam2jax.predictors.propagation import frame_features, stored
 from sam2jax.predictors.session import InferenceState, ObjectHistory, build_state, power_of_two
-from sam2jax.types import CONDITIONING, REFINEMENT, Prompts
+from sam2jax.types import CONDITIONING, REFINEMENT, Prompts, point_rows
 
 POINTS = 8  # that programs are compiled for at first; beyond them, powers of two
 NO_POINTS = np.zeros((0, 2), np.float32), np.zeros(0, np.int32)
@@ -113,6 +113,7 @@ def check_points(points: Any, labels: Any, box: Any, clear_old_points: bool):
         kinds = np.asarray(labels)
         rows = rows[0] if rows.ndim == 3 and len(rows) == 1 else rows
         kinds = kinds[0] if kinds.ndim == 2 and len(kinds) == 1 else kinds
-    checked = Prompts.make(points=[rows], labels=[kinds], boxes=[box])
-    count = int(checked.num_points[0])
-    return np.asarray(checked.points[0, :count]), np.asarray(checked.labels[0, :count])
+    rows, kinds = point_rows(0, rows, kinds, box, None)
+    if not len(kinds):
+        raise ValueError("Give points, a box, or both: the list of points is empty.")
+    return rows, kinds

@@ -7,6 +7,7 @@ and memories. The video is not in it.
 from __future__ import annotations
 
 import json
+import pathlib
 import zipfile
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -25,7 +26,7 @@ FORMAT = "sam2jax session 1"
 RECORDS = ("cond", "recent", "pending_cond", "pending_recent")
 
 # What NumPy and JSON raise for files that are not what they should be.
-DAMAGE = (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile)
+DAMAGE = (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile)
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -108,17 +109,16 @@ def load(
 
 def _read(path: PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The header and the arrays; what the file's checksums and header let pass is whole."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        header = json.loads(arrays.pop("header").tobytes())
-        if header["format"] == FORMAT:
-            return header, arrays
-        problem: Exception | None = None
-    except FileNotFoundError:
-        raise
-    except DAMAGE as error:
-        problem = error
+    problem: Exception | None = None
+    with pathlib.Path(path).open("rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+            header = json.loads(arrays.pop("header").tobytes())
+            if header["format"] == FORMAT:
+                return header, arrays
+        except DAMAGE as error:
+            problem = error
     raise ValueError(f"{path} is no session that sam2jax wrote, or it is damaged.") from problem
 
 
