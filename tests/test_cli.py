@@ -37,18 +37,26 @@ CONFIG = small_config(
 )
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> pathlib.Path:
+def write_checkpoint(folder: pathlib.Path) -> pathlib.Path:
     shapes = layouts.expected_shapes(CONFIG, "official")
     state = {name: draw(name, shape, seed=6) for name, shape in shapes.items()}  # object present
-    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    path = folder / "model.safetensors"
     convert.write(path, layouts.to_params(state, "official"), CONFIG)
     return path
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> pathlib.Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model"))
+
+
 @pytest.fixture
 def sam2jax_cli(tmp_path, monkeypatch):
-    """Runs a command in an empty folder, without changing where this process keeps programs."""
+    return commands_in_an_empty_folder(tmp_path, monkeypatch)
+
+
+def commands_in_an_empty_folder(tmp_path, monkeypatch):
+    """Runs a command there, without changing where this process keeps programs."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     folder = tmp_path / "here"
     folder.mkdir()

@@ -13,6 +13,7 @@ from sam2jax.io.masks import ArrayWriter
 from sam2jax.io.video import Frame, Video
 
 if TYPE_CHECKING:
+    from sam2jax.io.stream import Stream
     from sam2jax.types import Prompts
 
 
@@ -60,6 +61,49 @@ def run(job: Job, *, original: bool, bar: Bar) -> Iterator[Result]:
         yield Result(frame.index, frame.original, masks)
 
 
+def run_stream(
+    model: Any,
+    params: Any,
+    stream: Stream,
+    prompts: dict[int, Prompts],
+    *,
+    original: bool,
+    bar: Bar,
+) -> Iterator[Result]:
+    """Tracks a live stream, and yields every frame with its masks before the next is waited for.
+
+    Nothing lies ahead: an object is there from its first prompt on, and empty before. Prompts on
+    frames that never come are not used.
+
+    Args:
+        model, params: as in `Job`.
+        stream: opened with the model's image size.
+        prompts: by frame, in pixels of the resized frames.
+        original: whether the original-size frames are wanted.
+        bar: wraps the iterator over frames, to show progress.
+    """
+    import jax.numpy as jnp
+
+    import sam2jax
+
+    first = min(prompts)
+    state = sam2jax.init_state(
+        model,
+        prompts[first].num_objects,
+        num_frames=None,
+        max_cond_frames=len(prompts),
+        frame_index=first,
+    )
+    answer = _answer(stream)
+    for frame in bar(stream.frames(original=original)):
+        masks = None
+        if frame.index >= first:
+            image = jnp.asarray(frame.image)
+            state, output = sam2jax.step(model, params, state, image, prompts.get(frame.index))
+            masks = np.asarray(answer(output.masks))
+        yield Result(frame.index, frame.original, masks)
+
+
 def _run_reverse(job: Job, original: bool, bar: Bar) -> Iterator[Result]:
     """Outputs run forward in time, so masks wait on disk until the first frame is reached."""
     with tempfile.TemporaryDirectory(prefix="sam2jax-") as folder:
@@ -83,7 +127,6 @@ def _untracked(job: Job, indices: range, original: bool) -> Iterator[Result]:
 
 def _track(job: Job, original: bool) -> Iterator[tuple[Frame, np.ndarray]]:
     """Frames in the order they are tracked, with their masks: bool [N, H, W]."""
-    import jax
     import jax.numpy as jnp
 
     import sam2jax
@@ -102,7 +145,7 @@ def _track(job: Job, original: bool) -> Iterator[tuple[Frame, np.ndarray]]:
         state = sam2jax.condition(
             model, params, state, jnp.asarray(_prompted(video, index)), prompts[index], index
         )
-    answer = jax.jit(lambda logits: sam2jax.resize_masks(logits, (video.height, video.width)) > 0)
+    answer = _answer(video)
     # Results are read one frame late, so that the next one is decoded while they are computed.
     waiting: tuple[Frame, Any] | None = None
     span = job.indices
@@ -121,6 +164,15 @@ def _track(job: Job, original: bool) -> Iterator[tuple[Frame, np.ndarray]]:
         waiting = frame, masks
     if waiting is not None:
         yield waiting[0], np.asarray(waiting[1])
+
+
+def _answer(video: Video | Stream) -> Callable[[Any], Any]:
+    """From the tracker's logits to masks of the video's size: bool [N, H, W]."""
+    import jax
+
+    import sam2jax
+
+    return jax.jit(lambda logits: sam2jax.resize_masks(logits, (video.height, video.width)) > 0)
 
 
 def _prompted(video: Video, index: int) -> np.ndarray:

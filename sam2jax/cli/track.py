@@ -6,7 +6,8 @@ import contextlib
 import enum
 import functools
 import pathlib
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,10 +27,13 @@ from sam2jax.cli.session import errors_told, keep_compiled_programs
 
 if TYPE_CHECKING:
     from sam2jax.cli.loop import Result
+    from sam2jax.io.stream import Stream
     from sam2jax.io.video import Video
+    from sam2jax.types import Prompts
 
 # As tqdm's own, but slow runs show frames per second too, not seconds per frame.
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+_ENDLESS_BAR = "{n_fmt} frames [{elapsed}, {rate_noinv_fmt}]"
 
 
 class DType(enum.StrEnum):
@@ -39,8 +43,12 @@ class DType(enum.StrEnum):
 
 def track(
     video: Annotated[
-        pathlib.Path,
-        typer.Argument(metavar="VIDEO", help="A video file, or a folder of JPEG or PNG frames."),
+        str,
+        typer.Argument(
+            metavar="VIDEO",
+            help="A video file, a folder of JPEG or PNG frames, or a live stream: a URL, a camera "
+            "(/dev/video0) or - for stdin.",
+        ),
     ],
     checkpoint: Annotated[
         str, typer.Option(help="An official .pt, safetensors, what sam2jax saved, or a hub id.")
@@ -83,6 +91,12 @@ def track(
             help="Whether to do as the official builders: fill holes, pick stable masks.",
         ),
     ] = True,
+    raw: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WIDTHxHEIGHT[@FPS]", help="Frames on stdin are bare bytes, 8-bit RGB."
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Track objects through a video from clicks, boxes or masks.
@@ -91,11 +105,18 @@ def track(
     label 1 (on the object) where not said. Tracking starts at the first prompted frame. Prompts
     on later frames are taken into account from the start.
 
+    On a live stream nothing lies ahead: prompts count from their frame on. The files are finished
+    when the stream ends or Ctrl-C ends it.
+
     \b
     Examples:
       sam2jax track clip.mp4 --checkpoint sam2.1_hiera_tiny.pt --point 210,350 --out out.mp4
       sam2jax track clip.mp4 --checkpoint sam2.1_hiera_tiny.pt --masks masks/ \\
         --point 210,350 --point 250,220,0 --box 320,90,500,400@2 --point 400,150@2:60
+      sam2jax track rtsp://camera/live --checkpoint sam2.1_hiera_tiny.pt --point 210,350 \\
+        --out out.mkv
+      ffmpeg -i clip.mp4 -f rawvideo -pix_fmt rgb24 - | sam2jax track - --raw 640x480@30 \\
+        --checkpoint sam2.1_hiera_tiny.pt --point 210,350 --masks masks.json
 
     \b
     A file of prompts; paths of masks are relative to it:
@@ -105,41 +126,95 @@ def track(
     """
     with errors_told(), contextlib.ExitStack() as stack:
         table = read_prompts(point or (), box or (), mask or (), prompts)
-        clip = stack.enter_context(_open(video, table))
+        clip = _open(stack, video, table, raw, reverse)
         mask_prompts = read_masks(table, clip.height, clip.width)
         sinks = _open_sinks(stack, clip, table, out, masks)
         _refuse_overwriting(video, out)
         model, params = _load(checkpoint, image_size, dtype, apply_postprocessing)
 
-        from sam2jax.cli.loop import Job, run
-
         size = clip.size = model.config.image_size
         scale = (size / clip.width, size / clip.height)
-        job = Job(model, params, clip, to_prompts(table, mask_prompts, scale), reverse)
-        bar = functools.partial(
-            tqdm, total=len(job.indices), unit=" frames", bar_format=_BAR, disable=quiet
-        )
-        for result in run(job, original=out is not None, bar=bar):
+        given = to_prompts(table, mask_prompts, scale)
+        for result in _run(model, params, clip, given, reverse, out is not None, quiet):
             for sink in sinks:
                 sink(result)
 
 
-def _open(path: pathlib.Path, table: PromptTable) -> Video:
+def _run(
+    model: Any,
+    params: Any,
+    clip: Video | Stream,
+    prompts: dict[int, Prompts],
+    reverse: bool,
+    original: bool,
+    quiet: bool,
+) -> Iterator[Result]:
+    """Results in order of time, with a bar that shows how far they have come."""
+    from sam2jax.cli.loop import Job, run, run_stream
+    from sam2jax.io.video import Video
+
+    if isinstance(clip, Video):
+        job = Job(model, params, clip, prompts, reverse)
+        bar = functools.partial(
+            tqdm, total=len(job.indices), unit=" frames", bar_format=_BAR, disable=quiet
+        )
+        yield from run(job, original=original, bar=bar)
+        return
+    bar = functools.partial(tqdm, unit=" frames", bar_format=_ENDLESS_BAR, disable=quiet)
+    yield from run_stream(model, params, clip, prompts, original=original, bar=bar)
+    if clip.lost is not None:
+        typer.echo(f"warning: {clip.lost}", err=True)
+    missed = [str(frame) for frame in sorted(prompts) if frame >= clip.num_taken]
+    if missed:
+        typer.echo(
+            f"warning: there is a prompt on frame {', '.join(missed)}, but the stream ended after "
+            f"{clip.num_taken} frames.",
+            err=True,
+        )
+
+
+def _open(
+    stack: contextlib.ExitStack, address: str, table: PromptTable, raw: str | None, reverse: bool
+) -> Video | Stream:
+    from sam2jax.io.stream import RawFormat, is_stream, open_stream
     from sam2jax.io.video import open_video
 
-    video = open_video(path)
-    check_against_video(table, len(video), video.name)
-    return video
+    if not is_stream(address) and raw is None:
+        video = stack.enter_context(open_video(address))
+        check_against_video(table, len(video), video.name)
+        return video
+    if reverse:
+        raise ValueError(f"--reverse needs an end to start from, and {address} is a live stream.")
+    stream = open_stream(address, raw=None if raw is None else RawFormat.parse(raw))
+    stack.enter_context(stream)
+    stack.enter_context(_ended_by_interrupt(stream))
+    return stream
 
 
-def _refuse_overwriting(video: pathlib.Path, out: pathlib.Path | None) -> None:
-    if out is not None and out.exists() and out.samefile(video):
+@contextlib.contextmanager
+def _ended_by_interrupt(stream: Stream) -> Iterator[None]:
+    """Makes the first Ctrl-C end the stream, so that files are finished; a second breaks off."""
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        stream.stop()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _refuse_overwriting(video: str, out: pathlib.Path | None) -> None:
+    path = pathlib.Path(video)
+    if out is not None and out.exists() and path.exists() and out.samefile(path):
         raise ValueError(f"{out} is the input; give --out another name.")
 
 
 def _open_sinks(
     stack: contextlib.ExitStack,
-    video: Video,
+    video: Video | Stream,
     table: PromptTable,
     out: pathlib.Path | None,
     masks: pathlib.Path | None,
