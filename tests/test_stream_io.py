@@ -306,6 +306,13 @@ def test_raw_frames():
     assert [round(f.image.mean()) for f in got] == pytest.approx(frames.mean((1, 2, 3)), abs=6)
 
 
+def test_frame_rate_may_be_unknown(monkeypatch):
+    monkeypatch.setattr("sam2jax.io.stream.frame_rate", lambda stream: None)
+    with piped(bytes(2 * 8 * 6 * 3)):
+        stream = open_stream("-", 32, RawFormat(8, 6))
+        assert stream.fps is None and len(list(stream)) == 2
+
+
 def test_frames_come_as_they_arrive_and_no_faster():
     """A frame is there before the next one is sent, and few are taken from who sends many."""
     with piped() as pipe:

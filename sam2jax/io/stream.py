@@ -108,13 +108,15 @@ class Stream:
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._work, name=f"reads {self.name}", daemon=True).start()
         try:
-            self.fps = self._take()
+            self.fps = self._take() or None
             self._first = self._take()
         except BaseException:
             self.close()
             raise
         if self._first is None:
-            raise ValueError(f"{self.name} ended before its first frame; expected a video.")
+            raise ValueError(
+                self.lost or f"{self.name} ended before its first frame; expected a video."
+            )
         self._converter = Converter(self._first)
         self.height, self.width = self._converter.height, self._converter.width
 
@@ -188,12 +190,12 @@ class Stream:
             self._arrived.put(error)
 
     def _decode(self) -> Generator[Any]:
-        """The frame rate, then the frames as FFmpeg has them."""
+        """The frame rate (0: unknown), then the frames as FFmpeg has them."""
         count = 0
         with contextlib.closing(_open(self._address, self.name, self._raw)) as container:
             stream = video_stream(container, self.name)
             stream.thread_type = "SLICE"  # threads for whole frames would hold frames back
-            yield frame_rate(stream)
+            yield frame_rate(stream) or 0
             try:
                 for packet in container.demux(stream):
                     for frame in self._frames_of(packet):
