@@ -1,5 +1,6 @@
 """Live streams beside the offline tracker, and sessions that survive in files."""
 
+import dataclasses
 import json
 
 import chex
@@ -9,7 +10,9 @@ import pytest
 from PIL import Image
 
 import sam2jax
-from sam2jax.predictors.session import MOST_COND_FRAMES
+from sam2jax.config import VARIANTS
+from sam2jax.predictors import build as build_module
+from sam2jax.predictors import session
 from sam2jax.testing import random_params, small_config
 
 CONFIG = small_config(image_size=64)
@@ -106,16 +109,17 @@ def test_memory_of_a_stream_is_constant(camera):
     assert max(held[20:]) <= max(held[:20]) * 1.01
 
 
-def test_of_many_conditioning_frames_some_are_kept(params):
+def test_of_many_conditioning_frames_some_are_kept(params, monkeypatch):
+    monkeypatch.setattr(session, "MOST_COND_FRAMES", 2)
     camera = sam2jax.SAM2CameraPredictor(MODEL, params, add_all_frames_to_correct_as_cond=True)
     frames = clip(40)
     camera.load_first_frame(frames[0])
-    for index in range(MOST_COND_FRAMES + 4):
+    for index in range(6):
         camera.add_new_prompt(index, 1, [[25, 15]], [1])
         _, masks = camera.track(frames[index + 1])
     assert np.isfinite(masks).all()
     held = camera._state.objects[1].cond
-    assert sorted(held) == list(range(4, MOST_COND_FRAMES + 4))
+    assert sorted(held) == [4, 5]
 
 
 def test_a_stream_without_objects_goes_on(camera):
@@ -240,24 +244,30 @@ def test_refused_files(predictor, params, camera, tmp_path):
         predictor.save_state(predictor.init_state(frames), tmp_path / "no" / "folder")
 
 
-def test_the_official_builders(tmp_path):
+def test_the_official_builders(tmp_path, monkeypatch):
+    build = sam2jax.build_sam2_video_predictor
     with pytest.raises(ValueError, match="no configuration"):
-        sam2jax.build_sam2_video_predictor("configs/sam2.1/sam2.1_hiera_x.yaml")
+        build("configs/sam2.1/sam2.1_hiera_x.yaml")
     with pytest.raises(ValueError, match="override"):
-        sam2jax.build_sam2_video_predictor(
-            "sam2_hiera_t.yaml", hydra_overrides_extra=["model.image_size"]
-        )
+        build("sam2_hiera_t.yaml", hydra_overrides_extra=["model.image_size"])
+    config = dataclasses.replace(CONFIG, name="sam2.1_hiera_base_plus")
     path = tmp_path / "small.safetensors"
-    sam2jax.save(path, CONFIG, random_params(CONFIG))
-    with pytest.raises(ValueError, match="not sam2.1_hiera_base_plus"):
-        sam2jax.build_sam2_video_predictor("configs/sam2.1/sam2.1_hiera_b+.yaml", path)
-    with pytest.warns(UserWarning, match="mode"):
-        built = sam2jax.build_sam2_video_predictor(
-            "configs/sam2/sam2_hiera_t.yaml",
-            mode="eval",
-            apply_postprocessing=False,
-            hydra_overrides_extra=["++model.image_size=64", "++model.non_overlap_masks=true"],
-        )
-    assert built.config.name == "sam2_hiera_tiny" and built.image_size == 64
-    assert built.non_overlap_masks and built.config.fill_hole_area == 0
+    sam2jax.save(path, config, random_params(config))
+    with pytest.raises(ValueError, match="not sam2.1_hiera_tiny"):
+        build("configs/sam2.1/sam2.1_hiera_t.yaml", path)
+    # Smaller and without the usual initialisation, to be quick.
+    monkeypatch.setitem(VARIANTS, config.name, config)
+    monkeypatch.setattr(build_module, "init_params", lambda config, key: random_params(config))
+    for given in (path, None):
+        with pytest.warns(UserWarning, match="mode"):
+            built = build(
+                "configs/sam2.1/sam2.1_hiera_b+.yaml",
+                given,
+                mode="eval",
+                apply_postprocessing=False,
+                hydra_overrides_extra=["++model.image_size=96", "++model.non_overlap_masks=true"],
+            )
+        assert built.config.name == config.name and built.image_size == 96
+        assert built.non_overlap_masks and built.config.fill_hole_area == 0
+        assert set(built.params) == set(random_params(config))
     assert sam2jax.build_sam2_video_predictor_hf(path).image_size == 64

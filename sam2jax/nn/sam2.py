@@ -196,5 +196,5 @@ def param_shapes(config: SAM2Config) -> Any:
 
 def init_params(config: SAM2Config, key: Array) -> Any:
     """Random parameters, as a plain nested dict of float32 arrays."""
-    images = jnp.zeros((1, config.image_size, config.image_size, 3))
-    return jax.jit(lambda key: SAM2(config).init(key, images)["params"])(key)  # runs no network
+    images = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
+    return SAM2(config).lazy_init(key, images)["params"]
