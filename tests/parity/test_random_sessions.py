@@ -18,7 +18,7 @@ from sam2jax.predictors.video import PREDICTOR_OPTIONS
 from sam2jax.testing import small_config
 from tests.parity.clips import SMALL, ellipse, load_clip
 from tests.parity.pairs import pair
-from tests.parity.sessions import SIZE, Both, Refused
+from tests.parity.sessions import SIZE, Both, Refused, Undecided
 
 pytestmark = pytest.mark.parity
 
@@ -106,7 +106,7 @@ def test_random_sessions(media: pathlib.Path, model: str):
     @hypothesis.given(calls=SEQUENCES, options=OPTIONS)
     def agree(calls: list[tuple[str, dict]], options: dict[str, bool]) -> None:
         both = Both(pair(config, seed=4), clip, SMALL, **options)
-        with contextlib.suppress(Refused):  # the official state may be half changed: end there
+        with contextlib.suppress(Refused, Undecided):
             for name, given in calls:
                 # There, the official predictor adds an object that has nothing, and ours refuses.
                 unknown = given.get("obj_id") not in both.our_state["obj_ids"]
