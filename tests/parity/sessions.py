@@ -25,10 +25,6 @@ class Refused(Exception):
     """Both predictors refused a call. The official one may be left half changed."""
 
 
-class Undecided(Exception):
-    """Memory is encoded from a prompted mask's signs, and rounding has turned one over."""
-
-
 class Preprocessed(Video):
     """Frames as the model wants them, bit for bit, of a video of another size."""
 
@@ -89,7 +85,7 @@ class Both:
         self.call("remove_object", obj_id=obj, strict=True)
 
     def call(self, name: str, **given: Any) -> None:
-        """Makes one call to both and compares. `Refused` or `Undecided` end a session."""
+        """Makes one call to both and compares; where both refuse it, raises `Refused`."""
         try:
             theirs = _ask(self.theirs, self.their_state, name, **given)
         except (RuntimeError, ValueError, AssertionError) as error:
@@ -101,8 +97,6 @@ class Both:
         for (frame, _, masks), (_, _, their_masks) in zip(ours, theirs, strict=True):
             self.compare(masks, their_masks, f"{name}, frame {frame}")
         self.compared += len(theirs)
-        if name.startswith("add_new"):
-            self._check_signs(given["frame_idx"], given["obj_id"])
 
     def compare(self, ours: np.ndarray, theirs: np.ndarray, what: str) -> None:
         """Mask logits [N, 1, H, W]."""
@@ -119,8 +113,12 @@ class Both:
         theirs = self.theirs._apply_non_overlapping_constraints(torch.from_numpy(theirs)).numpy()
         return tuple(np.where(tie, side.max(axis=0), side) for side in (ours, theirs))
 
-    def _check_signs(self, frame: int, obj: Any) -> None:
-        """Of the mask that was just prompted, at the model's size, where memory is encoded."""
+    def is_undecided(self, frame: int, obj: Any) -> bool:
+        """Whether rounding has turned a pixel of a mask that was just prompted over.
+
+        Its memory is encoded from signs at the model's size, so that a difference of 1e-9 there
+        is one of 1e-4 in what is tracked from it.
+        """
         held = self.their_state["temp_output_dict_per_obj"][self.their_state["obj_ids"].index(obj)]
         theirs = next(found[frame] for found in held.values() if frame in found)["pred_masks"]
         ours = np.asarray(self.our_state.objects[obj].latest(frame).masks)
@@ -128,8 +126,7 @@ class Both:
             torch.nn.functional.interpolate(mask, [self.theirs.image_size] * 2, mode="bilinear") > 0
             for mask in (torch.tensor(ours)[None, None], theirs)
         ]
-        if not torch.equal(*signs):
-            raise Undecided(f"the mask of {obj!r} on frame {frame}")
+        return not torch.equal(*signs)
 
     def _check_refusal(self, name: str, **given: Any) -> None:
         before = frozen(self.our_state)
