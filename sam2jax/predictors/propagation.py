@@ -48,10 +48,11 @@ class Propagation:
         self._chunk = frames_at_once()
 
     def run(self, start: int, stop: int | None) -> Iterator[FrameAnswer]:
-        """Answers from frame `start` to `stop`, or to the end of the video, one chunk ahead.
+        """Answers from frame `start` to `stop`, or to the end of the video.
 
         Each is remembered just before it is yielded: the session holds what was yielded, and no
-        more. What was computed ahead is dropped when the session is changed in between.
+        more. Where chunks hold several frames the next one is begun early; it is dropped when the
+        session is changed in between.
         """
         sign = int(self._direction)
         ready: deque[FrameAnswer] = deque()
@@ -60,7 +61,7 @@ class Propagation:
             if self.is_outdated and ready:
                 upcoming = ready[0].frame
                 ready.clear()
-            if len(ready) <= self._chunk:
+            if len(ready) < self._chunk:
                 chunk = self._existing(upcoming, stop)
                 ready.extend(self.advance(chunk))
                 upcoming += sign * len(chunk)
