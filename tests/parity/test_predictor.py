@@ -47,12 +47,14 @@ def objects_leave(both: Both) -> int:
     both.click(9, 7, (20, 20, 1))
     both.clear(4, "a")
     both.clear(4, 7)  # another prompt is left
+    both.click(4, 7, (30, 20, 1))  # as if that frame had never been tracked
+    both.clear(4, 7)
     both.propagate()
     both.remove("m")  # answers on frame 4
     both.click(5, "new", (50, 20, 1))
     both.propagate(7, reverse=True)
     both.remove("a")
-    return 4 + 2 + 6 + 2 + 2 + 10 + 1 + 1 + 8 + 1
+    return 4 + 2 + 6 + 2 + 4 + 10 + 1 + 1 + 8 + 1
 
 
 def broken_off(both: Both) -> int:
