@@ -7,7 +7,9 @@ Both video predictors track objects with full memory banks: one conditioning fra
 ones, sixteen object pointers. Prints seconds per frame for each number of objects, and the slope of
 a line through them: the cost of an added object. The ratio is official time over ours. A time is
 believed after the answers have agreed. The weights are random, which changes nothing about the
-work. On an accelerator ours takes eight frames at once: ask for --frames 8. Needs the parity extra.
+work. On an accelerator ours takes eight frames at once: ask for --frames 8. On a machine that is
+not idle set OMP_WAIT_POLICY=passive: PyTorch's threads spin otherwise, and it is slowed most. Needs
+the parity extra.
 """
 
 from __future__ import annotations

@@ -156,3 +156,13 @@ def test_removing_an_object_that_is_not_there_does_nothing(media: pathlib.Path):
     both.click(1, "a", (21, 35, 1))
     both.call("remove_object", obj_id=7)
     assert both.compared == 1 and list(both.our_state["obj_ids"]) == ["a"]
+
+
+@pytest.mark.xfail(strict=True, reason="the bank is built in the order of frames, not of prompts")
+def test_of_conditioning_frames_equally_far_the_first_prompted_is_read(media: pathlib.Path):
+    config = small_config(max_cond_frames_in_attn=3)
+    both = Both(pair(config, seed=4), load_clip(media, config.image_size, LENGTH), SMALL)
+    for frame in (8, 6, 2, 0):
+        both.click(frame, "a", (20 + 4 * frame, 30 + frame, 1))
+    both.propagate(4, max_frame_num_to_track=0)
+    assert both.compared == 5
