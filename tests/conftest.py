@@ -11,7 +11,7 @@ import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-ORACLE_PACKAGES = ("torch", "torchvision", "sam2", "scipy", "transformers")
+ORACLE_PACKAGES = ("torch", "torchvision", "sam2", "scipy", "transformers", "hypothesis")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

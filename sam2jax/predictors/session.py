@@ -173,7 +173,7 @@ def _build_bank(
     recent.sort(key=age, reverse=True)
     bank = empty_bank(config, room)
     for frames, records, conditioning in (
-        (sorted(history.cond), history.cond, np.True_),
+        (history.cond, history.cond, np.True_),  # of equally far ones the first prompted is read
         (recent, history.recent, np.False_),
     ):
         for index in frames:

@@ -158,7 +158,6 @@ def test_removing_an_object_that_is_not_there_does_nothing(media: pathlib.Path):
     assert both.compared == 1 and list(both.our_state["obj_ids"]) == ["a"]
 
 
-@pytest.mark.xfail(strict=True, reason="the bank is built in the order of frames, not of prompts")
 def test_of_conditioning_frames_equally_far_the_first_prompted_is_read(media: pathlib.Path):
     config = small_config(max_cond_frames_in_attn=3)
     both = Both(pair(config, seed=4), load_clip(media, config.image_size, LENGTH), SMALL)
