@@ -42,6 +42,14 @@ class MaskCandidates(struct.PyTreeNode):
     object_score: Array  # [N] float32 logit, above 0: the object is in the frame
 
 
+class MaskPrediction(struct.PyTreeNode):
+    """The answer on an image: M masks for each of N prompts."""
+
+    masks: Array  # [N, M, S/4, S/4] float32 logits
+    ious: Array  # [N, M] float32, predicted IoU of each
+    object_score: Array  # [N] float32 logit; the official image predictor does not use it
+
+
 class MemoryRead(struct.PyTreeNode):
     """What a frame attends to, per object; valid entries come first (leading [N] when vmapped)."""
 

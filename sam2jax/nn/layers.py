@@ -100,6 +100,22 @@ class LayerNorm(nn.Module):
         return layer_norm(x, scale, bias, self.eps)
 
 
+class Projection(nn.Module):
+    """The parameters of a linear layer, for callers that apply them in another order."""
+
+    in_features: int
+    features: int
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Array]:
+        kernel = self.param(
+            "kernel",
+            nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+            (self.in_features, self.features),
+        )
+        return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
+
+
 class MLP(nn.Module):
     """Linear layers with an activation between them."""
 

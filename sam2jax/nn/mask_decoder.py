@@ -11,13 +11,14 @@ from sam2jax.nn.layers import (
     MLP,
     LayerNorm,
     Linear,
+    Projection,
     UpsampleConv,
     embedding_init,
     fold_heads,
     unfold_heads,
 )
-from sam2jax.ops.attention import attention
-from sam2jax.ops.linear import einsum, gelu
+from sam2jax.ops.attention import MASKED, attention
+from sam2jax.ops.linear import einsum, gelu, linear
 from sam2jax.types import Array, MaskCandidates
 
 
@@ -49,6 +50,78 @@ class Attention(nn.Module):
         return self.out_proj(unfold_heads(out, heads))
 
 
+class ImageAttention(nn.Module):
+    """Multi-head attention between a few tokens and all positions of an image.
+
+    Positions are hundreds of times more than tokens, so nothing is projected there. Keys' and
+    queries' projections of the image move to the tokens, q (W x + b) = (q W) x + q b, and those of
+    its values behind the sum over it, sum_i a_i (W x_i + b) = W (sum_i a_i x_i) + b. An image that
+    is the same for all tokens' owners is given once, with a leading axis of 1.
+    """
+
+    features: int
+    inner: int
+    num_heads: int
+    dtype: jnp.dtype
+
+    def setup(self) -> None:
+        self.q_proj = Projection(self.features, self.inner)
+        self.k_proj = Projection(self.features, self.inner)
+        self.v_proj = Projection(self.features, self.inner)
+        self.out_proj = Projection(self.inner, self.features)
+
+    @property
+    def _scale(self) -> float:
+        return (self.inner // self.num_heads) ** -0.5
+
+    def _kernel(self, projection: Projection) -> Array:
+        """[C, heads, d]"""
+        kernel = projection()[0].astype(self.dtype)
+        return kernel.reshape(self.features, self.num_heads, -1)
+
+    def _project(self, tokens: Array, projection: Projection) -> Array:
+        """[N, T, C] -> [N, T, heads, d]"""
+        out = linear(tokens, *projection(), self.dtype)
+        return out.reshape(*out.shape[:2], self.num_heads, -1)
+
+    def from_image(self, tokens: Array, keys: Array, values: Array) -> Array:
+        """Tokens [N, T, C] attend to keys and values [1 or N, HW, C] -> [N, T, C]."""
+        count, length, _ = tokens.shape
+        query = self._project(tokens, self.q_proj)
+        query = einsum("nthd,chd->nhtc", query, self._kernel(self.k_proj)).astype(self.dtype)
+        pooled = attention(
+            query.reshape(keys.shape[0], -1, self.features),
+            keys.astype(self.dtype),
+            values.astype(self.dtype),
+            scale=self._scale,
+        )
+        pooled = pooled.reshape(count, self.num_heads, length, self.features)
+        out = einsum("nhtc,chd->nthd", pooled, self._kernel(self.v_proj))
+        out = out.reshape(count, length, -1) + self.v_proj()[1].reshape(1, 1, -1)
+        return linear(out, *self.out_proj(), self.dtype)
+
+    def to_image(self, queries: Array, keys: Array, values: Array, mask: Array) -> Array:
+        """Positions [1 or N, HW, C] attend to tokens' keys and values [N, T, C] -> [N, HW, C].
+
+        `mask` [N, T] says which tokens count.
+        """
+        count, length, _ = keys.shape
+        key, value = self._project(keys, self.k_proj), self._project(values, self.v_proj)
+        bias = self.q_proj()[1].astype(self.dtype).reshape(self.num_heads, -1)
+        offset = einsum("nthd,hd->nht", key, bias)
+        key = einsum("nthd,chd->nhtc", key, self._kernel(self.q_proj)).astype(self.dtype)
+        kernel, out_bias = self.out_proj()
+        kernel = kernel.astype(self.dtype).reshape(self.num_heads, -1, self.features)
+        value = einsum("nthd,hdc->nhtc", value, kernel).astype(self.dtype)
+
+        queries = jnp.broadcast_to(queries, (count, *queries.shape[1:])).astype(self.dtype)
+        scores = einsum("nqc,nhtc->nqht", queries, key) + offset[:, None]
+        scores = jnp.where(mask[:, None, None], scores * self._scale, MASKED)
+        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+        out = einsum("nqht,nhtc->nqc", weights, value) + out_bias.reshape(1, 1, -1)
+        return out.astype(self.dtype)
+
+
 class TwoWayAttentionBlock(nn.Module):
     """Tokens attend to themselves and to the image, then the image to the tokens."""
 
@@ -62,11 +135,11 @@ class TwoWayAttentionBlock(nn.Module):
         heads = decoder.num_heads
         self.self_attn = Attention(width, width, heads, dtype)
         self.norm1 = LayerNorm(1e-5)
-        self.cross_attn_token_to_image = Attention(width, narrow, heads, dtype)
+        self.cross_attn_token_to_image = ImageAttention(width, narrow, heads, dtype)
         self.norm2 = LayerNorm(1e-5)
         self.mlp = MLP((decoder.mlp_dim, width), dtype)
         self.norm3 = LayerNorm(1e-5)
-        self.cross_attn_image_to_token = Attention(width, narrow, heads, dtype)
+        self.cross_attn_image_to_token = ImageAttention(width, narrow, heads, dtype)
         self.norm4 = LayerNorm(1e-5)
 
     def __call__(self, tokens, image, token_pe, image_pe, token_mask):
@@ -77,10 +150,10 @@ class TwoWayAttentionBlock(nn.Module):
             tokens = tokens + self.self_attn(query, query, tokens, token_mask)
         tokens = self.norm1(tokens)
         query, key = tokens + token_pe, image + image_pe
-        tokens = self.norm2(tokens + self.cross_attn_token_to_image(query, key, image))
+        tokens = self.norm2(tokens + self.cross_attn_token_to_image.from_image(query, key, image))
         tokens = self.norm3(tokens + self.mlp(tokens))
         query = tokens + token_pe
-        update = self.cross_attn_image_to_token(key, query, tokens, token_mask)
+        update = self.cross_attn_image_to_token.to_image(key, query, tokens, token_mask)
         return tokens, self.norm4(image + update)
 
 
@@ -94,15 +167,17 @@ class TwoWayTransformer(nn.Module):
             TwoWayAttentionBlock(self.config, first=i == 0) for i in range(decoder.num_layers)
         ]
         narrow = width // decoder.attention_downsample_rate
-        self.final_attn_token_to_image = Attention(width, narrow, decoder.num_heads, dtype)
+        self.final_attn_token_to_image = ImageAttention(width, narrow, decoder.num_heads, dtype)
         self.norm_final_attn = LayerNorm(1e-5)
 
     def __call__(self, image: Array, image_pe: Array, tokens: Array, token_mask: Array):
-        """Image [N, HW, C], its positions [1, HW, C], tokens [N, T, C], which count [N, T]."""
+        """Image [1 or N, HW, C], its positions [1, HW, C], tokens [N, T, C], which count [N, T]."""
         token_pe = tokens
         for layer in self.layers:
             tokens, image = layer(tokens, image, token_pe, image_pe, token_mask)
-        update = self.final_attn_token_to_image(tokens + token_pe, image + image_pe, image)
+        update = self.final_attn_token_to_image.from_image(
+            tokens + token_pe, image + image_pe, image
+        )
         return self.norm_final_attn(tokens + update), image
 
 
@@ -147,18 +222,18 @@ class MaskDecoder(nn.Module):
         """Decodes.
 
         Args:
-          features: [N, H, W, C], the frame's map, conditioned on memory or not.
+          features: [1 or N, H, W, C], the frame's map, conditioned on memory or not.
           high_res: [1 or N, 4H, 4W, C/8] and [1 or N, 2H, 2W, C/4].
           image_pe: [H, W, C].
           tokens: [N, P, C] prompt tokens; token_mask: [N, P] bool, which are real.
           dense: broadcastable to `features`, the mask prompt's embedding.
         """
-        count, height, width, channels = features.shape
+        count, (_, height, width, channels) = tokens.shape[0], features.shape
         own = jnp.concatenate([self.obj_score_token, self.iou_token, self.mask_tokens])
         own = jnp.broadcast_to(own[None], (count, *own.shape))
         token_mask = jnp.pad(token_mask, ((0, 0), (own.shape[1], 0)), constant_values=True)
         tokens = jnp.concatenate([own, tokens.astype(own.dtype)], axis=1)
-        image = (features + dense).reshape(count, height * width, channels)
+        image = (features + dense).reshape(-1, height * width, channels)
         image_pe = image_pe.reshape(1, height * width, channels)
         tokens, image = self.transformer(image, image_pe, tokens, token_mask)
         mask_tokens = tokens[:, 2 : 2 + self.num_masks]

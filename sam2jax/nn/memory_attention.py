@@ -9,7 +9,7 @@ from flax import struct
 from jax import lax
 
 from sam2jax.config import SAM2Config
-from sam2jax.nn.layers import LayerNorm, Linear, fold_heads
+from sam2jax.nn.layers import LayerNorm, Linear, Projection, fold_heads
 from sam2jax.ops.attention import attention
 from sam2jax.ops.linear import linear
 from sam2jax.ops.position import sine_2d
@@ -49,22 +49,6 @@ class MemoryTokens(struct.PyTreeNode):
             spatial_length=spatial_length,
             length=spatial_length + num_pointers,
         )
-
-
-class Projection(nn.Module):
-    """The parameters of a linear layer, for callers that apply them in another order."""
-
-    in_features: int
-    features: int
-
-    @nn.compact
-    def __call__(self) -> tuple[Array, Array]:
-        kernel = self.param(
-            "kernel",
-            nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-            (self.in_features, self.features),
-        )
-        return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
 
 
 class RoPEAttention(nn.Module):

@@ -105,11 +105,11 @@ class SAM2(nn.Module):
         """Prompted features -> mask candidates.
 
         Args:
-          features: [N, H, W, C], conditioned on memory or not.
+          features: [1 or N, H, W, C], conditioned on memory or not.
           high_res: the frame's `high_res_s0` and `high_res_s1`, leading axis 1 or N.
           points: [N, P, 2] as (x, y) in pixels of the S x S image.
           labels: [N, P] int32 in {-1, 0, 1, 2, 3}.
-          num_points: [N] int32; entries past it are padding.
+          num_points: [N] int32; entries past it are padding. -1: no prompt tokens at all.
           mask: [N, S/4, S/4] mask prompt as logits, of the objects marked in `has_mask` [N] bool.
 
         The official code adds a "not a point" token behind the points, and gives a frame without
@@ -117,10 +117,11 @@ class SAM2(nn.Module):
         """
         index = jnp.arange(labels.shape[1], dtype=jnp.int32)[None]
         labels = jnp.where((index == 0) & (num_points == 0)[:, None], -1, labels)
-        real = index < jnp.maximum(num_points, 1)[:, None]
+        prompted = (num_points >= 0)[:, None]
+        real = prompted & (index < jnp.maximum(num_points, 1)[:, None])
         points = jnp.pad(points, ((0, 0), (0, 1), (0, 0)))
         labels = jnp.pad(labels, ((0, 0), (0, 1)), constant_values=-1)
-        real = jnp.pad(real, ((0, 0), (0, 1)), constant_values=True)
+        real = jnp.concatenate([real, prompted], axis=1)
         tokens, dense = self.sam_prompt_encoder(points, labels, mask, has_mask)
         image_pe = self.sam_prompt_encoder.dense_position()
         return self.sam_mask_decoder(features, high_res, image_pe, tokens, real, dense)

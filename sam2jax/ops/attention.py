@@ -28,8 +28,9 @@ def attention(
     *,
     length: Array | None = None,
     mask: Array | None = None,
+    scale: float | None = None,
 ) -> Array:
-    """Attends with `softmax(query key^T / sqrt(d)) value`.
+    """Attends with `softmax(scale query key^T) value`.
 
     Args:
       query: [B, T, d]; heads, windows and objects are all folded into B.
@@ -37,12 +38,14 @@ def attention(
       value: [B, K, e].
       length: [B] int32, how many keys are valid, from the front; None: all.
       mask: [B, K] bool, which keys are valid, for small problems only.
+      scale: of the products; None: 1 / sqrt(d).
 
     Returns:
       [B, T, e] in the dtype of `value`. Without a valid key: zeros for large problems, the mean
       of `value` for small ones; callers gate that case.
     """
-    query = (query * query.shape[-1] ** -0.5).astype(key.dtype)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query = (query * scale).astype(key.dtype)
     if query.shape[1] * key.shape[1] >= BLOCKWISE_FROM:
         if mask is not None:
             raise ValueError("mask is for small problems; give a length instead.")
@@ -83,31 +86,43 @@ def _blockwise(query: Array, key: Array, value: Array, length: Array) -> Array:
 
 
 def _blockwise_forward(query: Array, key: Array, value: Array, length: Array):
-    num_keys = key.shape[1]
+    width = value.shape[-1]
+    keys, values = _whole_blocks(key, value, length)
 
     def body(index: Array, carry):
-        total, row_max, row_sum = carry
-        start, valid = _block(index, num_keys, length)
-        scores = einsum("btd,bkd->btk", query, _take(key, start))
-        scores = jnp.where(valid, scores, MASKED)
+        total, row_max = carry
+        start = index * BLOCK
+        scores = einsum("btd,bkd->btk", query, _take(keys, start))
         new_max = jnp.maximum(row_max, jnp.max(scores, axis=-1))
-        weights = jnp.exp(scores - new_max[..., None])
-        weights = jnp.where(valid, weights, 0.0)
-        shrink = jnp.exp(row_max - new_max)
-        row_sum = row_sum * shrink + jnp.sum(weights, axis=-1)
-        part = einsum("btk,bke->bte", weights.astype(value.dtype), _take(value, start))
-        return total * shrink[..., None] + part, new_max, row_sum
+        weights = jnp.exp(scores - new_max[..., None]).astype(value.dtype)
+        part = einsum("btk,bke->bte", weights, _take(values, start))
+        return total * jnp.exp(row_max - new_max)[..., None] + part, new_max
 
     rows = query.shape[:2]
-    carry = (
-        jnp.zeros((*rows, value.shape[-1]), jnp.float32),
-        jnp.full(rows, MASKED, jnp.float32),
-        jnp.zeros(rows, jnp.float32),
-    )
-    total, row_max, row_sum = lax.fori_loop(0, _num_blocks(length, num_keys), body, carry)
-    row_sum = jnp.maximum(row_sum, jnp.finfo(jnp.float32).tiny)
-    out = (total / row_sum[..., None]).astype(value.dtype)
+    carry = jnp.zeros((*rows, values.shape[-1]), jnp.float32), jnp.full(rows, MASKED, jnp.float32)
+    total, row_max = lax.fori_loop(0, _num_blocks(length, key.shape[1]), body, carry)
+    row_sum = jnp.maximum(total[..., width], jnp.finfo(jnp.float32).tiny)
+    out = (total[..., :width] / row_sum[..., None]).astype(value.dtype)
     return out, (query, key, value, length, out, row_max + jnp.log(row_sum))
+
+
+def _whole_blocks(key: Array, value: Array, length: Array) -> tuple[Array, Array]:
+    """Keys and values in whole blocks, made so that nothing need be masked on the way.
+
+    Keys that do not count repeat the first one, which changes no maximum, and their values are
+    zero. A column of ones behind the values of those that count adds the weights up.
+    """
+    count, num_keys, width = value.shape
+    valid = (jnp.arange(num_keys, dtype=jnp.int32)[None] < length[:, None])[..., None]
+    ones = jnp.ones((count, num_keys, 1), value.dtype)
+    extra = jnp.zeros((count, num_keys, -(width + 1) % 8), value.dtype)  # units like it even
+    value = jnp.where(valid, jnp.concatenate([value, ones, extra], axis=-1), 0)
+    key = jnp.where(valid, key, key[:, :1])
+    rest = -num_keys % BLOCK
+    if not rest:
+        return key, value
+    first = jnp.broadcast_to(key[:, :1], (count, rest, key.shape[-1]))
+    return jnp.concatenate([key, first], axis=1), jnp.pad(value, ((0, 0), (0, rest), (0, 0)))
 
 
 def _blockwise_backward(residuals, grad: Array):

@@ -31,6 +31,22 @@ def fill_holes(masks: Array, max_area: int) -> Array:
     return jnp.where(holes, HOLE_SCORE, masks)
 
 
+def fill_regions(
+    masks: Array, hole_area: int, sprinkle_area: int, threshold: Array | float
+) -> Array:
+    """Fills small holes and removes small regions of images' masks: [N, H, W] logits.
+
+    Both are looked for in the masks as they come (official `SAM2Transforms.postprocess_masks`).
+    """
+    out = masks
+    for is_hole, area, score in ((True, hole_area, 10.0), (False, sprinkle_area, -10.0)):
+        if area > 0:
+            region = (masks <= threshold) if is_hole else (masks > threshold)
+            small = jax.vmap(lambda mask, area=area: small_regions(mask, area))(region)
+            out = jnp.where(small, threshold + score, out)
+    return out
+
+
 def small_regions(region: Array, max_area: int) -> Array:
     """Marks the 8-connected components of at most `max_area` pixels: [H, W] bool -> bool.
 

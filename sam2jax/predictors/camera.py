@@ -11,6 +11,7 @@ from sam2jax.config import SAM2Config
 from sam2jax.io.files import PathLike
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.predictors import saving
+from sam2jax.predictors.inputs import check_image
 from sam2jax.predictors.options import load_with
 from sam2jax.predictors.propagation import Propagation
 from sam2jax.predictors.session import InferenceState
@@ -69,7 +70,7 @@ class SAM2CameraPredictor:
         Args:
           img: uint8 RGB [H, W, 3], or an RGB picture of Pillow's.
         """
-        self._begin(LastFrame(_check_image(img)))
+        self._begin(LastFrame(check_image(img)))
 
     def add_new_prompt(
         self,
@@ -128,7 +129,7 @@ class SAM2CameraPredictor:
           object the frame is only taken note of.
         """
         state = self._started()
-        image = _check_image(img)
+        image = check_image(img)
         if image.shape[:2] != (state.video_height, state.video_width):
             raise ValueError(
                 f"Frames of this stream are {state.video_width}x{state.video_height}, got "
@@ -233,17 +234,3 @@ class LastFrame:
         if not self.reaches(index):
             raise IndexError(index)
         return self.image
-
-
-def _check_image(img: Any) -> np.ndarray:
-    """A frame of its own: cameras fill the same buffer again and again."""
-    mode = getattr(img, "mode", "RGB")
-    image = np.array(img)
-    if mode != "RGB" or image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
-        raise ValueError(
-            f"Expected a frame, uint8 RGB [H, W, 3], got {image.dtype} {list(image.shape)}"
-            + (f" of mode {mode}." if mode != "RGB" else ".")
-        )
-    if not image.size:
-        raise ValueError("The frame is empty.")
-    return image

@@ -1,4 +1,4 @@
-"""One object's prompts on one frame: checked, and answered."""
+"""One object's prompts on one frame, answered."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sam2jax.nn.sam2 import SAM2
 from sam2jax.predictors.programs import Record, answer_prompt, fit_mask
 from sam2jax.predictors.propagation import frame_features, stored
 from sam2jax.predictors.session import InferenceState, ObjectHistory, build_state, power_of_two
-from sam2jax.types import CONDITIONING, REFINEMENT, Prompts, point_rows
+from sam2jax.types import CONDITIONING, REFINEMENT, Prompts
 
 POINTS = 8  # that programs are compiled for at first; beyond them, powers of two
 NO_POINTS = np.zeros((0, 2), np.float32), np.zeros(0, np.int32)
@@ -82,38 +82,3 @@ def _as_prompts(
         "has_logits": np.array([previous is not None]),
     }
     return Prompts(**fields)
-
-
-def check_mask(mask: Any) -> np.ndarray:
-    """A mask of any size and type, nonzero where the object is: [h, w] bool."""
-    mask = np.asarray(mask)
-    if mask.ndim != 2 or 0 in mask.shape:
-        raise ValueError(f"Expected a mask [h, w], got shape {mask.shape}.")
-    if not (np.issubdtype(mask.dtype, np.number) or mask.dtype == bool):
-        raise TypeError(f"Expected a mask of numbers or booleans, got {mask.dtype}.")
-    if not np.isfinite(mask).all():
-        raise ValueError("The mask must be finite.")
-    return mask.astype(bool)
-
-
-def check_points(points: Any, labels: Any, box: Any, clear_old_points: bool):
-    """Points and labels with a box's corners in front: [P, 2] float32, [P] int32."""
-    if (points is None) != (labels is None):
-        raise ValueError("points and labels must be given together.")
-    if points is None and box is None:
-        raise ValueError("Give points, a box, or both.")
-    if box is not None and not clear_old_points:
-        raise ValueError(
-            "A box must come before any point: it cannot be added with clear_old_points=False."
-        )
-    rows = np.zeros((0, 2), np.float32)
-    kinds = np.zeros(0, np.int32)
-    if points is not None:
-        rows = np.asarray(points, np.float32)
-        kinds = np.asarray(labels)
-        rows = rows[0] if rows.ndim == 3 and len(rows) == 1 else rows
-        kinds = kinds[0] if kinds.ndim == 2 and len(kinds) == 1 else kinds
-    rows, kinds = point_rows(0, rows, kinds, box, None)
-    if not len(kinds):
-        raise ValueError("Give points, a box, or both: the list of points is empty.")
-    return rows, kinds

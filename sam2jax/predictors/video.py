@@ -16,9 +16,10 @@ from sam2jax.io.video import Source, Video, open_video
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.ops.masks import non_overlapping
 from sam2jax.predictors import saving
+from sam2jax.predictors.inputs import check_mask, check_points
 from sam2jax.predictors.options import load_with
 from sam2jax.predictors.programs import Record, at_size
-from sam2jax.predictors.prompting import NO_POINTS, answer, check_mask, check_points
+from sam2jax.predictors.prompting import NO_POINTS, answer
 from sam2jax.predictors.propagation import Propagation
 from sam2jax.predictors.session import History, InferenceState, ObjectHistory
 from sam2jax.tracking.state import require_memory
