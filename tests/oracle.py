@@ -32,7 +32,22 @@ def _define_torchvision_operators() -> torch.library.Library:
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.impl("nms", _nms, "CPU")
     return library
+
+
+def _nms(boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Rows that are left, best first; of equal scores the first is the better."""
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    order, kept = torch.argsort(scores, descending=True, stable=True), []
+    while len(order):
+        best, order = order[0], order[1:]
+        kept.append(best)
+        corner = torch.minimum(boxes[best, 2:], boxes[order, 2:])
+        sides = (corner - torch.maximum(boxes[best, :2], boxes[order, :2])).clamp(min=0)
+        shared = sides[:, 0] * sides[:, 1]
+        order = order[~(shared / (area[best] + area[order] - shared) > threshold)]
+    return torch.tensor(kept, dtype=torch.int64)
 
 
 class VideoReader:
@@ -71,6 +86,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import sam2.sam2_video_predictor as official_video
     import sam2.utils.misc
+    import torchvision.ops.boxes
+    from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
     from sam2.build_sam import build_sam2_video_predictor
     from sam2.modeling.backbones.hieradet import Hiera
     from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
@@ -83,6 +100,7 @@ with warnings.catch_warnings():
     from sam2.sam2_image_predictor import SAM2ImagePredictor
     from sam2.sam2_video_predictor import SAM2VideoPredictor
 
+torchvision.ops.boxes._assert_has_ops = lambda: None  # `_nms` is there
 official_video.tqdm = functools.partial(official_video.tqdm, disable=True)
 sam2.utils.misc.tqdm = functools.partial(sam2.utils.misc.tqdm, disable=True)
 
@@ -318,15 +336,36 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return np.moveaxis(tensor.detach().float().numpy(), -3, -1)
 
 
-def image_predictor(model: SAM2VideoPredictor, picture: np.ndarray) -> SAM2ImagePredictor:
+def image_predictor(
+    model: SAM2VideoPredictor, picture: np.ndarray | None = None, **options: float
+) -> SAM2ImagePredictor:
     """The official image predictor on a uint8 RGB picture [H, W, 3], at the model's own size."""
+    with _quiet():
+        predictor = _at_own_size(SAM2ImagePredictor(model, **options))
+    if picture is not None:
+        predictor.set_image(picture)
+    return predictor
+
+
+def mask_generator(model: SAM2VideoPredictor, **options: Any) -> SAM2AutomaticMaskGenerator:
+    with _quiet():
+        generator = SAM2AutomaticMaskGenerator(model, **options)
+    _at_own_size(generator.predictor)
+    return generator
+
+
+def _at_own_size(predictor: SAM2ImagePredictor) -> SAM2ImagePredictor:
+    """There, the sizes of the feature maps are written down for 1024 px."""
+    size = predictor.model.image_size
+    predictor._bb_feat_sizes = [(size // stride,) * 2 for stride in (4, 8, 16)]
+    return predictor
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # its transforms are TorchScript
-        predictor = SAM2ImagePredictor(model)
-    # There, the sizes of the feature maps are written down for 1024 px.
-    predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
-    predictor.set_image(picture)
-    return predictor
+        yield
 
 
 def init_state(

@@ -13,7 +13,7 @@ TRACKING = NN | {"nn", "memory"}
 FILES = BASE | {"io"}
 CONVERT = FILES | {"nn"}
 LOADING = CONVERT | {"convert"}
-HOST = TRACKING | LOADING | {"tracking", "loading"}
+HOST = TRACKING | LOADING | {"tracking", "segmentation", "loading"}
 APPLICATIONS = {"predictors", "training", "evaluation"}
 
 # What each part of the package may import, besides itself.
@@ -25,6 +25,7 @@ SEES = {
     "nn": NN,
     "memory": NN,
     "tracking": TRACKING,
+    "segmentation": TRACKING,
     "io": BASE,
     "convert": CONVERT,
     "loading": LOADING,

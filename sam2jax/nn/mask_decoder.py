@@ -76,19 +76,18 @@ class ImageAttention(nn.Module):
 
     def _kernel(self, projection: Projection) -> Array:
         """[C, heads, d]"""
-        kernel = projection()[0].astype(self.dtype)
-        return kernel.reshape(self.features, self.num_heads, -1)
+        return projection()[0].reshape(self.features, self.num_heads, -1)
 
     def _project(self, tokens: Array, projection: Projection) -> Array:
-        """[N, T, C] -> [N, T, heads, d]"""
-        out = linear(tokens, *projection(), self.dtype)
+        """[N, T, C] -> [N, T, heads, d] float32: tokens are few, so they can be exact."""
+        out = linear(tokens, *projection(), self.dtype).astype(jnp.float32)
         return out.reshape(*out.shape[:2], self.num_heads, -1)
 
     def from_image(self, tokens: Array, keys: Array, values: Array) -> Array:
         """Tokens [N, T, C] attend to keys and values [1 or N, HW, C] -> [N, T, C]."""
         count, length, _ = tokens.shape
         query = self._project(tokens, self.q_proj)
-        query = einsum("nthd,chd->nhtc", query, self._kernel(self.k_proj)).astype(self.dtype)
+        query = einsum("nthd,chd->nhtc", query, self._kernel(self.k_proj))
         pooled = attention(
             query.reshape(keys.shape[0], -1, self.features),
             keys.astype(self.dtype),
@@ -96,7 +95,7 @@ class ImageAttention(nn.Module):
             scale=self._scale,
         )
         pooled = pooled.reshape(count, self.num_heads, length, self.features)
-        out = einsum("nhtc,chd->nthd", pooled, self._kernel(self.v_proj))
+        out = einsum("nhtc,chd->nthd", pooled.astype(jnp.float32), self._kernel(self.v_proj))
         out = out.reshape(count, length, -1) + self.v_proj()[1].reshape(1, 1, -1)
         return linear(out, *self.out_proj(), self.dtype)
 
@@ -107,19 +106,22 @@ class ImageAttention(nn.Module):
         """
         count, length, _ = keys.shape
         key, value = self._project(keys, self.k_proj), self._project(values, self.v_proj)
-        bias = self.q_proj()[1].astype(self.dtype).reshape(self.num_heads, -1)
-        offset = einsum("nthd,hd->nht", key, bias)
-        key = einsum("nthd,chd->nhtc", key, self._kernel(self.q_proj)).astype(self.dtype)
-        kernel, out_bias = self.out_proj()
-        kernel = kernel.astype(self.dtype).reshape(self.num_heads, -1, self.features)
-        value = einsum("nthd,hdc->nhtc", value, kernel).astype(self.dtype)
+        offset = einsum("nthd,hd->nht", key, self.q_proj()[1].reshape(self.num_heads, -1))
+        key = einsum("nthd,chd->nhtc", key, self._kernel(self.q_proj))
+        kernel, bias = self.out_proj()
+        kernel = kernel.reshape(self.num_heads, -1, self.features)
+        value = einsum("nthd,hdc->nhtc", value, kernel)
+
+        def flat(x: Array) -> Array:
+            return x.reshape(count, -1, self.features).astype(self.dtype)
 
         queries = jnp.broadcast_to(queries, (count, *queries.shape[1:])).astype(self.dtype)
-        scores = einsum("nqc,nhtc->nqht", queries, key) + offset[:, None]
+        scores = einsum("nqc,nsc->nqs", queries, flat(key))
+        scores = scores.reshape(count, -1, self.num_heads, length) + offset[:, None]
         scores = jnp.where(mask[:, None, None], scores * self._scale, MASKED)
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        out = einsum("nqht,nhtc->nqc", weights, value) + out_bias.reshape(1, 1, -1)
-        return out.astype(self.dtype)
+        out = einsum("nqs,nsc->nqc", weights.reshape(*weights.shape[:2], -1), flat(value))
+        return (out + bias.reshape(1, 1, -1)).astype(self.dtype)
 
 
 class TwoWayAttentionBlock(nn.Module):

@@ -44,8 +44,8 @@ def attention(
       [B, T, e] in the dtype of `value`. Without a valid key: zeros for large problems, the mean
       of `value` for small ones; callers gate that case.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    query = (query * scale).astype(key.dtype)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    query = (query * factor).astype(key.dtype)
     if query.shape[1] * key.shape[1] >= BLOCKWISE_FROM:
         if mask is not None:
             raise ValueError("mask is for small problems; give a length instead.")

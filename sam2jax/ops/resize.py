@@ -52,6 +52,11 @@ def preprocess_image(image: Array, size: int) -> Array:
     return (image - mean) / std
 
 
+def bilinear_weights(source: int, target: int) -> np.ndarray:
+    """Weights of source samples in target samples, as in `resize_masks`: [target, source]."""
+    return _weights(source, target, "linear")
+
+
 def _separable(x: Array, height: int, width: int, method: str) -> Array:
     x = x.astype(jnp.float32)
     if x.shape[1] != height:

@@ -6,16 +6,53 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from sam2jax.config import NO_POSTPROCESSING, VARIANTS, SAM2Config
+from sam2jax.config import NO_POSTPROCESSING, VARIANTS
+from sam2jax.loading import load
 from sam2jax.nn.sam2 import SAM2, init_params
 from sam2jax.predictors.options import without_torch
 from sam2jax.predictors.video import PREDICTOR_OPTIONS, SAM2VideoPredictor
 
 SIZES = {"t": "tiny", "s": "small", "b+": "base_plus", "l": "large"}
+
+
+class LoadedModel(NamedTuple):
+    """A model with its parameters, which the image predictors take."""
+
+    model: SAM2
+    params: Any
+
+
+def build_sam2(
+    config_file: str,
+    ckpt_path: Any = None,
+    *,
+    hydra_overrides_extra: Sequence[str] = (),
+    apply_postprocessing: bool = True,
+    **options: Any,
+) -> LoadedModel:
+    """Loads a model as the official function of this name does.
+
+    Args:
+      config_file: the official name, such as `configs/sam2.1/sam2.1_hiera_t.yaml`, or a variant's.
+      ckpt_path: of its checkpoint; None: random weights.
+      hydra_overrides_extra: such as `++model.image_size=512`, of options that `load` has.
+      apply_postprocessing: as in `load`.
+      **options: of `load`. `device` and `mode` are accepted with a warning.
+
+    Raises:
+      ValueError: there is no such configuration or option, or the checkpoint is of another model.
+    """
+    options = without_torch({**options, **dict(map(_override, hydra_overrides_extra))})
+    return _load(config_file, ckpt_path, apply_postprocessing, options)
+
+
+def build_sam2_hf(model_id: str, **options: Any) -> LoadedModel:
+    """As `load`, with the name of the official function."""
+    return LoadedModel(*load(model_id, **without_torch(options)))
 
 
 def build_sam2_video_predictor(
@@ -28,30 +65,12 @@ def build_sam2_video_predictor(
 ) -> SAM2VideoPredictor:
     """Builds a video predictor as the official function of this name does.
 
-    Args:
-      config_file: the official name, such as `configs/sam2.1/sam2.1_hiera_t.yaml`, or a variant's.
-      ckpt_path: of its checkpoint; None: random weights.
-      hydra_overrides_extra: such as `++model.image_size=512`, of options that
-        `SAM2VideoPredictor.from_pretrained` has.
-      apply_postprocessing: as in `load`.
-      **options: of `SAM2VideoPredictor.from_pretrained`. `device`, `mode` and `vos_optimized` are
-        accepted with a warning.
-
-    Raises:
-      ValueError: there is no such configuration or option, or the checkpoint is of another model.
+    Arguments and errors are those of `build_sam2`; `options` and overrides may also be the
+    predictor's own, and `vos_optimized` is accepted with a warning.
     """
-    name = _variant(config_file)
     options = without_torch({**options, **dict(map(_override, hydra_overrides_extra))})
-    if ckpt_path is None:
-        return _untrained(VARIANTS[name], apply_postprocessing, options)
-    predictor = SAM2VideoPredictor.from_pretrained(
-        ckpt_path, apply_postprocessing=apply_postprocessing, **options
-    )
-    if predictor.config.name != name:
-        raise ValueError(
-            f"{ckpt_path} is {predictor.config.name}, not {name} as {config_file} says."
-        )
-    return predictor
+    own = {name: options.pop(name) for name in PREDICTOR_OPTIONS if name in options}
+    return SAM2VideoPredictor(*_load(config_file, ckpt_path, apply_postprocessing, options), **own)
 
 
 def build_sam2_video_predictor_hf(model_id: str, **options: Any) -> SAM2VideoPredictor:
@@ -59,13 +78,18 @@ def build_sam2_video_predictor_hf(model_id: str, **options: Any) -> SAM2VideoPre
     return SAM2VideoPredictor.from_pretrained(model_id, **options)
 
 
-def _untrained(
-    config: SAM2Config, apply_postprocessing: bool, options: dict[str, Any]
-) -> SAM2VideoPredictor:
-    own = {name: options.pop(name) for name in PREDICTOR_OPTIONS if name in options}
-    defaults = {} if apply_postprocessing else NO_POSTPROCESSING
-    config = dataclasses.replace(config, **{**defaults, **options})
-    return SAM2VideoPredictor(SAM2(config), init_params(config, jax.random.key(0)), **own)
+def _load(
+    config_file: str, ckpt_path: Any, apply_postprocessing: bool, options: dict[str, Any]
+) -> LoadedModel:
+    name = _variant(config_file)
+    if ckpt_path is None:
+        defaults = {} if apply_postprocessing else NO_POSTPROCESSING
+        config = dataclasses.replace(VARIANTS[name], **{**defaults, **options})
+        return LoadedModel(SAM2(config), init_params(config, jax.random.key(0)))
+    model, params = load(ckpt_path, apply_postprocessing=apply_postprocessing, **options)
+    if model.config.name != name:
+        raise ValueError(f"{ckpt_path} is {model.config.name}, not {name} as {config_file} says.")
+    return LoadedModel(model, params)
 
 
 def _variant(config_file: str) -> str:

@@ -1,0 +1,341 @@
+"""The image predictor (official `sam2_image_predictor.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sam2jax.config import SAM2Config
+from sam2jax.nn.sam2 import SAM2
+from sam2jax.ops.masks import fill_regions
+from sam2jax.ops.resize import preprocess_image, resize_masks
+from sam2jax.predictors.inputs import check_image
+from sam2jax.predictors.options import load_with
+from sam2jax.predictors.session import power_of_two
+from sam2jax.segmentation.image import decode_masks, encode_image
+from sam2jax.types import Array, ImageFeatures, MaskPrediction, Prompts, point_rows
+
+IMAGE_OPTIONS = ("mask_threshold", "max_hole_area", "max_sprinkle_area")
+MOST_AT_ONCE = 16  # prompts that are decoded as one batch, whose memory grows with them
+POINTS = 4  # that programs are compiled for at first; beyond them, powers of two
+Answer = tuple[np.ndarray, np.ndarray, np.ndarray]  # masks, predicted IoUs, logits
+MAX_LOGIT = 32.0  # of what is handed out to be fed back
+
+
+class SAM2ImagePredictor:
+    """Encodes an image once, and answers prompts on it.
+
+    Names, arguments, defaults and results are those of the official class; results are NumPy
+    arrays.
+
+    Args:
+      model: from `load`, or what `build_sam2` returns.
+      params: its parameters, if they did not come with the model.
+      mask_threshold: logit from which a pixel belongs to a mask.
+      max_hole_area: holes of at most so many pixels of the S/4 mask are filled.
+      max_sprinkle_area: regions of at most so many pixels of the S/4 mask are removed.
+    """
+
+    def __init__(
+        self,
+        model: SAM2 | tuple[SAM2, Any],
+        params: Any = None,
+        *,
+        mask_threshold: float = 0.0,
+        max_hole_area: int = 0,
+        max_sprinkle_area: int = 0,
+    ) -> None:
+        self.model, self.params = model if isinstance(model, tuple) else (model, params)
+        self.mask_threshold = mask_threshold
+        self.max_hole_area = int(max_hole_area)
+        self.max_sprinkle_area = int(max_sprinkle_area)
+        self.reset_predictor()
+
+    @classmethod
+    def from_pretrained(cls, source: Any, **options: Any) -> SAM2ImagePredictor:
+        """Loads a checkpoint.
+
+        Args:
+          source: as in `load`: a file, a folder, a hub id, or the name of a shipped model.
+          **options: of `load` and of the constructor; `device` and `mode` are accepted with a
+            warning.
+        """
+        model, params, own = load_with(source, options, IMAGE_OPTIONS)
+        return cls(model, params, **own)
+
+    @property
+    def config(self) -> SAM2Config:
+        return self.model.config
+
+    def reset_predictor(self) -> None:
+        """Forgets the image."""
+        self._features: ImageFeatures | None = None
+        self._sizes: list[tuple[int, int]] = []  # (height, width) of each image
+        self._is_batch = False
+
+    def set_image(self, image: Any) -> None:
+        """Encodes an image, uint8 RGB [H, W, 3] or an RGB picture of Pillow's."""
+        self._set([image], is_batch=False)
+
+    def set_image_batch(self, image_list: Sequence[Any]) -> None:
+        """Encodes several images, of any sizes, as one batch; for `predict_batch`."""
+        if not isinstance(image_list, list | tuple) or not image_list:
+            raise ValueError("Expected a list of images, with one at least.")
+        self._set(image_list, is_batch=True)
+
+    def predict(
+        self,
+        point_coords: Any = None,
+        point_labels: Any = None,
+        box: Any = None,
+        mask_input: Any = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+        normalize_coords: bool = True,
+    ) -> Answer:
+        """Masks for prompts on the image: for one object, or for N of them.
+
+        Args:
+          point_coords: [P, 2] or [N, P, 2] as (x, y) in pixels of the image.
+          point_labels: [P] or [N, P], 1 foreground, 0 background.
+          box: [4] or [N, 4] as (x0, y0, x1, y1); comes before the points.
+          mask_input: [1, S/4, S/4] or [N, 1, S/4, S/4], logits of an earlier answer.
+          multimask_output: three masks per object, or one.
+          return_logits: logits instead of 0 and 1.
+          normalize_coords: False where coordinates are fractions of the image's size.
+
+        Returns:
+          Masks [C, H, W], predicted IoUs [C], and logits [C, S/4, S/4] to be fed back, all
+          float32; with a leading [N] for more than one object.
+
+        Raises:
+          RuntimeError: there is no image.
+          ValueError: a prompt is not one.
+        """
+        features = self._require(batch=False)
+        given = [point_coords, point_labels, box, mask_input]
+        prompts = self._prompts(given, normalize_coords, self._sizes[0])
+        count = prompts.num_objects
+        size = min(power_of_two(count), MOST_AT_ONCE)
+        answers = []
+        for start in range(0, count, size):
+            part = _padded(jax.tree.map(lambda x, s=start: x[s : s + size], prompts), size)
+            found = _decode(self.model, self.params, features, part, multimask_output)
+            answers += self._finish(found, min(size, count - start), self._sizes[0], return_logits)
+        return _stack(answers)
+
+    def predict_batch(
+        self,
+        point_coords_batch: Sequence[Any] | None = None,
+        point_labels_batch: Sequence[Any] | None = None,
+        box_batch: Sequence[Any] | None = None,
+        mask_input_batch: Sequence[Any] | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+        normalize_coords: bool = True,
+    ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+        """`predict` on every image of `set_image_batch`, decoded as one program.
+
+        Each argument is a list with an entry per image, and so is each result.
+        """
+        features = self._require(batch=True)
+        count = len(self._sizes)
+        columns = [point_coords_batch, point_labels_batch, box_batch, mask_input_batch]
+        for column in columns:
+            if column is not None and len(column) != count:
+                raise ValueError(f"There are {count} images, but prompts for {len(column)}.")
+        rows = [
+            self._prompts([c and c[i] for c in columns], normalize_coords, self._sizes[i])
+            for i in range(count)
+        ]
+        objects = power_of_two(max(row.num_objects for row in rows))
+        width = max(row.labels.shape[1] for row in rows)
+        stacked = jax.tree.map(lambda *x: np.stack(x), *(_padded(r, objects, width) for r in rows))
+        found = _decode_batch(self.model, self.params, features, stacked, multimask_output)
+        answers = []
+        for i, row in enumerate(rows):
+            one = jax.tree.map(lambda x, i=i: x[i], found)
+            answers.append(
+                _stack(self._finish(one, row.num_objects, self._sizes[i], return_logits))
+            )
+        masks, ious, logits = zip(*answers, strict=True)
+        return list(masks), list(ious), list(logits)
+
+    def get_image_embedding(self) -> np.ndarray:
+        """What the decoder sees of the image: [1, S/16, S/16, C], channels last."""
+        if self._features is None:
+            raise RuntimeError("No image yet: call set_image first.")
+        return np.asarray(_embedding(self.model, self.params, self._features))
+
+    def _set(self, images: Sequence[Any], *, is_batch: bool) -> None:
+        arrays = [check_image(image) for image in images]
+        self.reset_predictor()
+        ready = [preprocess(array[None], self.config.image_size) for array in arrays]
+        self._features = encode_image(self.model, self.params, jnp.concatenate(ready))
+        self._sizes, self._is_batch = [array.shape[:2] for array in arrays], is_batch
+
+    def _require(self, *, batch: bool) -> ImageFeatures:
+        setter, call = ("set_image_batch", "predict_batch") if batch else ("set_image", "predict")
+        if self._features is None:
+            raise RuntimeError(f"No image yet: call {setter} first.")
+        if batch != self._is_batch:
+            raise RuntimeError(f"{call} answers on what {setter} was given: call that first.")
+        return self._features
+
+    def _prompts(self, given: Sequence[Any], normalize: bool, size: tuple[int, int]) -> Prompts:
+        """Of N objects, in pixels of the model's image, in NumPy."""
+        coords, labels, box, logits = given
+        if (coords is None) != (labels is None):
+            raise ValueError("point_coords and point_labels must be given together.")
+        scale = np.array([self.config.image_size] * 2, np.float32)
+        if normalize:
+            scale /= np.array(size[::-1], np.float32)
+        parts = {}
+        if coords is not None:
+            coords, labels = np.asarray(coords, np.float32), np.asarray(labels)
+            parts["points"] = coords if coords.ndim == 3 else coords[None]
+            parts["labels"] = labels if labels.ndim == 2 else labels[None]
+        if box is not None:
+            box = np.asarray(box, np.float32)
+            if box.size == 0 or box.size % 4 or box.ndim > 3:
+                raise ValueError(f"Expected a box [4] or boxes [N, 4], got shape {box.shape}.")
+            parts["boxes"] = box.reshape(-1, 4)
+        if logits is not None:
+            parts["logits"] = self._check_logits(logits)
+        count = max([1, *(len(part) for part in parts.values())])
+        for name, rows in parts.items():
+            # A single earlier answer goes for all objects, as in the official predictor.
+            if len(rows) != count and not (name == "logits" and len(rows) == 1):
+                raise ValueError(
+                    "Prompts must be for one number of objects, got "
+                    + ", ".join(f"{len(p)} {n}" for n, p in parts.items())
+                    + "."
+                )
+
+        def part(name: str, i: int) -> np.ndarray | None:
+            return parts[name][i] if name in parts else None
+
+        rows = [
+            point_rows(i, part("points", i), part("labels", i), part("boxes", i), None)
+            for i in range(count)
+        ]
+        shape = (count, self.config.mask_size, self.config.mask_size)
+        return _as_prompts(
+            [(row * scale, kinds) for row, kinds in rows],
+            np.broadcast_to(parts.get("logits", np.float32(0)), shape),
+            "logits" in parts,
+        )
+
+    def _check_logits(self, logits: Any) -> np.ndarray:
+        """[N, S/4, S/4]"""
+        logits, size = np.asarray(logits, np.float32), self.config.mask_size
+        if logits.ndim not in (3, 4) or logits.shape[-3:] != (1, size, size):
+            raise ValueError(
+                f"Expected mask_input [1, {size}, {size}] or [N, 1, {size}, {size}], got "
+                f"{list(logits.shape)}."
+            )
+        if not np.isfinite(logits).all():
+            raise ValueError("mask_input must be finite.")
+        return logits.reshape(-1, size, size)
+
+    def _finish(
+        self, found: MaskPrediction, count: int, size: tuple[int, int], return_logits: bool
+    ) -> list[Answer]:
+        """Masks at the image's size, IoUs and logits of each of the first `count` objects."""
+        answers = []
+        for place in range(count):
+            masks, ious = _take(found, np.int32(place))
+            full = _at_image_size(
+                masks, size, self.max_hole_area, self.max_sprinkle_area, self.mask_threshold
+            )
+            full = np.asarray(full)
+            if not return_logits:
+                full = (full > self.mask_threshold).astype(np.float32)
+            low = np.clip(np.asarray(masks), -MAX_LOGIT, MAX_LOGIT)
+            answers.append((full, np.asarray(ious), low))
+        return answers
+
+
+@partial(jax.jit, static_argnums=1)
+def preprocess(images: Array, size: int) -> Array:
+    """Apart from the encoder, which thus is compiled once for images of all sizes."""
+    return preprocess_image(images, size)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _decode(model, params, features, prompts, multimask):
+    return decode_masks(model, params, features, prompts, multimask=multimask)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _decode_batch(model, params, features, prompts, multimask):
+    return jax.vmap(
+        lambda features, prompts: decode_masks(
+            model, params, features, prompts, multimask=multimask
+        )
+    )(features, prompts)
+
+
+@partial(jax.jit, static_argnums=0)
+def _embedding(model, params, features):
+    return model.apply({"params": params}, features.features, method="without_memory")
+
+
+@jax.jit
+def _take(found: MaskPrediction, place: Array) -> tuple[Array, Array]:
+    return found.masks[place], found.ious[place]
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _at_image_size(
+    masks: Array, size: tuple[int, int], hole_area: int, sprinkle_area: int, threshold: Array
+) -> Array:
+    """[C, h, w] logits -> [C, H, W], without small holes and regions."""
+    return resize_masks(fill_regions(masks, hole_area, sprinkle_area, threshold), size)
+
+
+def _as_prompts(
+    rows: list[tuple[np.ndarray, np.ndarray]], logits: np.ndarray, has_logits: bool
+) -> Prompts:
+    count, width = len(rows), power_of_two(max(POINTS, *(len(kinds) for _, kinds in rows)))
+    points, labels = np.zeros((count, width, 2), np.float32), np.zeros((count, width), np.int32)
+    for i, (row, kinds) in enumerate(rows):
+        points[i, : len(row)], labels[i, : len(kinds)] = row, kinds
+    fields: dict[str, Any] = {
+        "points": points,
+        "labels": labels,
+        "num_points": np.array([len(kinds) for _, kinds in rows], np.int32),
+        "kind": np.ones(count, np.int32),
+        "logits": logits,
+        "has_logits": np.full(count, has_logits),
+    }
+    return Prompts(**fields)
+
+
+def _padded(prompts: Prompts, count: int, width: int | None = None) -> Prompts:
+    """Prompts of `count` objects with `width` points; those added mean nothing."""
+    missing = count - prompts.num_objects
+    wider = 0 if width is None else width - prompts.labels.shape[1]
+
+    def pad(x: np.ndarray, axes: int) -> np.ndarray:
+        extra = [(0, missing), (0, wider)][:axes]
+        return np.pad(x, extra + [(0, 0)] * (x.ndim - axes))
+
+    points_like = ("points", "labels")
+    names = ("points", "labels", "num_points", "kind", "logits", "has_logits")
+    return prompts.replace(
+        **{name: pad(getattr(prompts, name), 2 if name in points_like else 1) for name in names}
+    )
+
+
+def _stack(answers: list[Answer]) -> Answer:
+    """Objects' answers; that of a single one without a leading axis."""
+    if len(answers) == 1:
+        return answers[0]
+    masks, ious, logits = (np.stack(column) for column in zip(*answers, strict=True))
+    return masks, ious, logits

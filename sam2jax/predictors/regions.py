@@ -1,0 +1,73 @@
+"""Which of many masks to keep, and what to mend in them, on the host."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import scipy.ndimage
+
+from sam2jax.ops.boxes import non_maximum_suppression
+from sam2jax.predictors.session import power_of_two
+
+EVERYTHING = 1.0  # an IoU that no box exceeds
+
+
+def kept_boxes(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
+    """Rows of `boxes` [C, 4] that are left after non-maximum suppression, best first."""
+    order = np.argsort(-scores, kind="stable")
+    if threshold >= EVERYTHING or not len(order):
+        return order
+    room = power_of_two(len(order))
+    kept = _suppressed(
+        filled(boxes[order], room),
+        filled(scores[order].astype(np.float32), room),
+        np.arange(room) < len(order),
+        np.float32(threshold),
+    )
+    return order[np.asarray(kept)[: len(order)]]
+
+
+def filled(rows: np.ndarray, count: int) -> np.ndarray:
+    """Rows up to `count` of them, so that one program takes them all."""
+    return np.pad(rows, [(0, count - len(rows))] + [(0, 0)] * (rows.ndim - 1))
+
+
+def clean_masks(
+    masks: list[np.ndarray], boxes: np.ndarray, min_area: int, threshold: float
+) -> tuple[list[np.ndarray], np.ndarray, list[int]]:
+    """Fills small holes, removes small regions, and drops duplicates that this makes.
+
+    Masks that need no change are preferred to those that do. Returns all masks and boxes [C, 4],
+    changed where needed, and the rows to keep in order of preference.
+    """
+    cleaned, changed = [], []
+    for mask in masks:
+        filled = ~_without_small(~mask, min_area, keep_one=False)
+        whole = _without_small(filled, min_area, keep_one=True)
+        changed.append(not np.array_equal(whole, mask))
+        cleaned.append(whole)
+    boxes = np.stack([_box(m) if c else b for m, b, c in zip(cleaned, boxes, changed, strict=True)])
+    scores = 1.0 - np.array(changed, np.float32)
+    return cleaned, boxes, kept_boxes(boxes, scores, threshold).tolist()
+
+
+def _without_small(region: np.ndarray, min_area: int, *, keep_one: bool) -> np.ndarray:
+    """Drops 8-connected parts of fewer than `min_area` pixels; `keep_one`: not the last one."""
+    labels = np.zeros(region.shape, np.int32)
+    scipy.ndimage.label(region, np.ones((3, 3)), output=labels)
+    areas = np.bincount(labels.ravel())
+    large = areas >= min_area
+    large[0] = False
+    if keep_one and len(areas) > 1 and not large.any():
+        large[1 + np.argmax(areas[1:])] = True
+    return large[labels]
+
+
+def _box(mask: np.ndarray) -> np.ndarray:
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    if not len(rows):
+        return np.zeros(4, np.float32)
+    return np.array([columns[0], rows[0], columns[-1], rows[-1]], np.float32)
+
+
+_suppressed = jax.jit(non_maximum_suppression)

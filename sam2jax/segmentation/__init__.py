@@ -1,0 +1,1 @@
+"""Segmenting images: pure functions on features and prompts."""
