@@ -11,11 +11,12 @@ from sam2jax.config import SAM2Config
 from sam2jax.io.files import PathLike
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.predictors import saving
+from sam2jax.predictors.answers import Scores
 from sam2jax.predictors.inputs import check_image
 from sam2jax.predictors.options import load_with
 from sam2jax.predictors.propagation import Propagation
 from sam2jax.predictors.session import InferenceState
-from sam2jax.predictors.video import PREDICTOR_OPTIONS, SAM2VideoPredictor, Scores
+from sam2jax.predictors.video import PREDICTOR_OPTIONS, SAM2VideoPredictor
 from sam2jax.tracking.state import require_memory
 
 

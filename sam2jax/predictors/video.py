@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -16,14 +16,14 @@ from sam2jax.io.video import Source, Video, open_video
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.ops.masks import non_overlapping
 from sam2jax.predictors import saving
+from sam2jax.predictors.answers import Scores, masks_on, scores_on
 from sam2jax.predictors.inputs import check_mask, check_points
 from sam2jax.predictors.options import load_with
-from sam2jax.predictors.programs import Record, at_size
+from sam2jax.predictors.programs import Record
 from sam2jax.predictors.prompting import NO_POINTS, answer
 from sam2jax.predictors.propagation import Propagation
 from sam2jax.predictors.session import History, InferenceState, ObjectHistory
 from sam2jax.tracking.state import require_memory
-from sam2jax.types import NO_OBJ_SCORE, Array
 
 # Options of the predictor itself; all others belong to the model's configuration.
 PREDICTOR_OPTIONS = (
@@ -31,14 +31,6 @@ PREDICTOR_OPTIONS = (
     "clear_non_cond_mem_around_input",
     "add_all_frames_to_correct_as_cond",
 )
-
-
-class Scores(NamedTuple):
-    """What the model thinks of its answers on a frame."""
-
-    obj_ids: list[Hashable]
-    object_scores: np.ndarray  # [N] float32 logits, above 0: the object is in the frame
-    ious: np.ndarray  # [N] float32, predicted IoU of each mask
 
 
 class SAM2VideoPredictor:
@@ -259,11 +251,7 @@ class SAM2VideoPredictor:
         An object without an answer there has the score -1024 and the IoU 0.
         """
         state = _check_state(inference_state)
-        frame = self._check_frame(state, frame_idx)
-        found = [history.latest(frame) for history in state.objects.values()]
-        answers = [(NO_OBJ_SCORE, 0.0) if r is None else _scores_of(r) for r in found]
-        table = np.array(answers, np.float32).reshape(-1, 2)
-        return Scores(state.obj_ids, table[:, 0], table[:, 1])
+        return scores_on(state, self._check_frame(state, frame_idx))
 
     def clear_all_prompts_in_frame(
         self,
@@ -421,23 +409,10 @@ class SAM2VideoPredictor:
     def _answers_on(
         self, state: InferenceState, frame: int, cond: bool | None = None
     ) -> tuple[int, list[Hashable], np.ndarray]:
-        """All objects' latest answers on a frame, of -1024 where an object has none."""
-        histories = state.objects.values()
-        if cond is None:
-            cond = any(frame in history.pending_cond for history in histories)
-        size = (state.video_height, state.video_width)
-        masks = []
-        for history in histories:
-            record = history.answer(frame, cond=cond)
-            masks.append(
-                np.full(size, NO_OBJ_SCORE, np.float32)
-                if record is None
-                else at_size(record.masks, size)
-            )
-        return frame, state.obj_ids, self.video_masks(masks)
+        return frame, state.obj_ids, self.video_masks(masks_on(state, frame, cond))
 
-    def video_masks(self, masks: Sequence[Array | np.ndarray]) -> np.ndarray:
-        """[H, W] each -> [N, 1, H, W]."""
+    def video_masks(self, masks: Sequence[Any]) -> np.ndarray:
+        """[H, W] of each object -> [N, 1, H, W], exclusive if asked for."""
         stacked = np.stack([np.asarray(mask) for mask in masks])
         return (non_overlapping(stacked) if self.non_overlap_masks else stacked)[:, None]
 
@@ -457,7 +432,3 @@ def _check_state(state: Any) -> InferenceState:
 
 def _unknown_object(state: InferenceState, obj_id: Hashable) -> RuntimeError:
     return RuntimeError(f"There is no object {obj_id!r}; the objects are {state.obj_ids}.")
-
-
-def _scores_of(record: Record) -> tuple[float, float]:
-    return float(record.memory.object_score), float(record.memory.iou)
