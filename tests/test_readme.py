@@ -5,6 +5,7 @@ import shlex
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 import sam2jax
@@ -29,6 +30,9 @@ def folder(tmp_path_factory):
     config = small_config(image_size=64, trunk=trunk, memory_attention=attention)
     sam2jax.save(path / "sam2.1_hiera_tiny.pt", config, random_params(config, seed=3))
     frames = np.random.default_rng(0).integers(0, 255, (3, 360, 400, 3), np.uint8)
+    (path / "photos").mkdir()
+    for name in ("cups.jpg", "photos/1.png"):
+        Image.fromarray(frames[0]).save(path / name)
     with VideoWriter(path / "clip.mp4", 24, 360, 400) as writer:
         for frame in frames:
             writer.write(frame)
@@ -47,7 +51,8 @@ def test_commands(folder, monkeypatch):
         result = CliRunner().invoke(app, shlex.split(line)[1:])
         assert result.exit_code == 0, f"{line}\n{result.output}"
     assert len(ours) >= 6
-    assert (folder / "out.mp4").stat().st_size > 0
+    for name in ("out.mp4", "cups_masks.png", "found/1.png", "found/1.json"):
+        assert (folder / name).stat().st_size > 0
     assert len(list((folder / "masks").iterdir())) == 3
 
 

@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
+from sam2jax.cli.auto import auto
 from sam2jax.cli.convert import convert
 from sam2jax.cli.info import info
+from sam2jax.cli.segment import segment
 from sam2jax.cli.track import track
 from sam2jax.version import __version__
 
@@ -21,6 +23,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.command()(track)
+app.command()(segment)
+app.command()(auto)
 app.command()(convert)
 app.command()(info)
 

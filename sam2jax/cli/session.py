@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 import pathlib
 import signal
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import typer
 
 BAD_INPUT = 2  # the exit code, as for a mistyped option
+
+
+class DType(enum.StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
 
 
 @contextlib.contextmanager
@@ -44,3 +51,18 @@ def keep_compiled_programs() -> None:
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+
+
+def load_model(
+    checkpoint: str, image_size: int | None, dtype: DType, apply_postprocessing: bool = True
+) -> tuple[Any, Any]:
+    """A model and its parameters, whose compiled programs are kept."""
+    keep_compiled_programs()
+    from sam2jax.loading import load
+
+    return load(
+        checkpoint,
+        image_size=image_size,
+        dtype=dtype.value,
+        apply_postprocessing=apply_postprocessing,
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import functools
 import pathlib
 import signal
@@ -23,7 +22,7 @@ from sam2jax.cli.prompts import (
     read_prompts,
     to_prompts,
 )
-from sam2jax.cli.session import errors_told, keep_compiled_programs
+from sam2jax.cli.session import DType, errors_told, load_model
 
 if TYPE_CHECKING:
     from sam2jax.cli.loop import Result
@@ -34,11 +33,6 @@ if TYPE_CHECKING:
 # As tqdm's own, but slow runs show frames per second too, not seconds per frame.
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 _ENDLESS_BAR = "{n_fmt} frames [{elapsed}, {rate_noinv_fmt}]"
-
-
-class DType(enum.StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
 
 
 def track(
@@ -255,15 +249,8 @@ def _open_sinks(
 def _load(
     checkpoint: str, image_size: int | None, dtype: DType, apply_postprocessing: bool
 ) -> tuple[Any, Any]:
-    keep_compiled_programs()
-    from sam2jax.loading import load
+    model, params = load_model(checkpoint, image_size, dtype, apply_postprocessing)
     from sam2jax.tracking.state import require_memory
 
-    model, params = load(
-        checkpoint,
-        image_size=image_size,
-        dtype=dtype.value,
-        apply_postprocessing=apply_postprocessing,
-    )
     require_memory(model.config)
     return model, params

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sam2jax.io.files import atomic_path
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -79,6 +81,21 @@ def open_image(path: PathLike) -> Image:
 def read_image(path: PathLike) -> np.ndarray:
     """An image file as uint8 RGB [H, W, 3]; raises as `open_image` does."""
     return np.asarray(open_image(path))
+
+
+def write_image(path: PathLike, picture: np.ndarray) -> None:
+    """Writes uint8 RGB [H, W, 3] as the suffix says, whole or not at all.
+
+    Raises:
+        ValueError: the suffix is not one of a picture.
+        FileNotFoundError: the folder does not exist.
+    """
+    from PIL import Image
+
+    if pathlib.Path(path).suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"{path}: expected a name that ends in {', '.join(IMAGE_SUFFIXES)}.")
+    with atomic_path(path) as temporary:
+        Image.fromarray(picture).save(temporary)
 
 
 def resize_image(image: Image, size: int) -> np.ndarray:

@@ -1,0 +1,144 @@
+"""`sam2jax auto`: everything in an image, or in a folder of them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from sam2jax.cli.session import DType, errors_told, load_model
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SOME_BROKEN = 1  # the exit code where images were passed over
+
+
+def auto(
+    images: Annotated[
+        pathlib.Path,
+        typer.Argument(metavar="IMAGE|FOLDER", help="A JPEG or PNG file, or a folder of such."),
+    ],
+    checkpoint: Annotated[
+        str, typer.Option(help="An official .pt, safetensors, what sam2jax saved, or a hub id.")
+    ],
+    out: Annotated[
+        pathlib.Path, typer.Option(metavar="DIR", help="NAME.png and NAME.json for each image.")
+    ],
+    points_per_side: Annotated[int, typer.Option(help="Of the grid of points.")] = 32,
+    points_per_batch: Annotated[int, typer.Option(help="Points that are answered at once.")] = 64,
+    pred_iou_thresh: Annotated[
+        float, typer.Option(help="Masks that the model rates no higher are dropped.")
+    ] = 0.8,
+    stability_score_thresh: Annotated[
+        float, typer.Option(help="Masks that are less stable are dropped.")
+    ] = 0.95,
+    box_nms_thresh: Annotated[
+        float, typer.Option(help="Overlap above which the lower rated mask is dropped.")
+    ] = 0.7,
+    crop_n_layers: Annotated[
+        int, typer.Option(help="Layers of crops (4, 16, ...) to look at closely.")
+    ] = 0,
+    min_mask_region_area: Annotated[
+        int, typer.Option(help="Smaller regions and holes are removed.")
+    ] = 0,
+    dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
+    image_size: Annotated[
+        int | None, typer.Option(help="What images are resized to; by default the model's own.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Find masks of everything in images.
+
+    Each image gets a picture with its masks in distinct colours and a JSON file with an entry
+    for each mask (COCO run lengths, box, scores). Images that have their JSON file already are
+    passed over, so a run that was stopped goes on where it was. Images that cannot be read are
+    named and passed over; the exit code is 1 then.
+
+    \b
+    Example:
+      sam2jax auto photos/ --checkpoint sam2.1_hiera_tiny.pt --out masks/
+    """
+    with errors_told():
+        paths = _list(images)
+        todo = [path for path in paths if not _result(out, path).exists()]
+        out.mkdir(parents=True, exist_ok=True)
+        from sam2jax.predictors.automatic import SAM2AutomaticMaskGenerator
+
+        generator = SAM2AutomaticMaskGenerator(
+            load_model(checkpoint, image_size, dtype),
+            points_per_side=points_per_side,
+            points_per_batch=points_per_batch,
+            pred_iou_thresh=pred_iou_thresh,
+            stability_score_thresh=stability_score_thresh,
+            box_nms_thresh=box_nms_thresh,
+            crop_n_layers=crop_n_layers,
+            min_mask_region_area=min_mask_region_area,
+            progress=len(todo) == 1 and not quiet,
+        )
+        broken = [
+            path
+            for path in tqdm(todo, unit=" images", disable=quiet or len(todo) == 1)
+            if not _process(generator, path, out)
+        ]
+    if broken:
+        typer.echo(f"{len(broken)} of {len(todo)} images could not be read.", err=True)
+        raise typer.Exit(SOME_BROKEN)
+
+
+def _list(images: pathlib.Path) -> list[pathlib.Path]:
+    from sam2jax.io.images import list_frames
+
+    if not images.exists():
+        raise FileNotFoundError(f"there is no image or folder {images}.")
+    return list_frames(images) if images.is_dir() else [images]
+
+
+def _result(out: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
+    return out / f"{path.stem}.json"
+
+
+def _process(generator: Any, path: pathlib.Path, out: pathlib.Path) -> bool:
+    """Writes one image's results, the JSON file last; False where the image cannot be read."""
+    from sam2jax.io.files import atomic_path
+    from sam2jax.io.images import read_image, write_image
+
+    try:
+        picture = read_image(path)
+    except (ValueError, OSError) as error:
+        tqdm.write(f"error: {error}", file=sys.stderr)
+        return False
+    records = generator.generate(picture)
+    write_image(out / f"{path.stem}.png", _draw(picture, [r["segmentation"] for r in records]))
+    with atomic_path(_result(out, path)) as temporary:
+        temporary.write_text(json.dumps(_annotations(path.name, picture, records)))
+    return True
+
+
+def _draw(picture: np.ndarray, masks: list[np.ndarray]) -> np.ndarray:
+    """Large masks first, so that small ones lie on top."""
+    import numpy as np
+
+    from sam2jax.io.drawing import overlay
+
+    ordered = sorted(masks, key=np.sum, reverse=True)
+    stacked = np.stack(ordered) if ordered else np.zeros((0, *picture.shape[:2]), bool)
+    return overlay(picture, stacked, range(1, len(ordered) + 1))
+
+
+def _annotations(name: str, picture: np.ndarray, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """As COCO has it, with the fields of the official records."""
+    from sam2jax.io.runs import encode_coco
+
+    height, width = picture.shape[:2]
+    return {
+        "image": {"file_name": name, "height": height, "width": width},
+        "annotations": [
+            {"id": number, **record, "segmentation": encode_coco(record["segmentation"])}
+            for number, record in enumerate(records, start=1)
+        ],
+    }
