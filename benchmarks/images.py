@@ -71,6 +71,7 @@ def automatic(official: Any, model: SAM2, params: Any, image: np.ndarray, given:
         "mask_threshold": given.threshold,
         "stability_score_offset": 0.02,
         "stability_score_thresh": given.stability,
+        "box_nms_thresh": given.nms,
     }
     theirs = oracle.mask_generator(official, **options)
     ours = sam2jax.SAM2AutomaticMaskGenerator(model, params, **options)
@@ -95,9 +96,10 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=1024)
     parser.add_argument("--runs", type=int, default=3, help="pairs of runs per row")
     parser.add_argument("--side", type=int, default=32, help="points per side")
-    parser.add_argument("--iou", type=float, default=0.47)
+    parser.add_argument("--iou", type=float, default=0.5)
     parser.add_argument("--threshold", type=float, default=1.6)
     parser.add_argument("--stability", type=float, default=0.5)
+    parser.add_argument("--nms", type=float, default=0.95, help="random masks are much alike")
     given = parser.parse_args()
     config = dataclasses.replace(VARIANTS[given.variant], image_size=given.image_size)
     print(f"{given.variant}, {given.image_size} px\n{HEADER}", flush=True)

@@ -150,12 +150,12 @@ def build(config: SAM2Config, seed: int = 0, **options: Any) -> SAM2VideoPredict
 def construct(config: SAM2Config, **options: Any) -> SAM2VideoPredictor:
     with torch.random.fork_rng():
         model = SAM2VideoPredictor(
-            image_encoder=_image_encoder(config),
-            memory_attention=_memory_attention(config),
-            memory_encoder=_memory_encoder(config),
-            **{**_model_options(config), **options},
+            image_encoder=image_encoder(config),
+            memory_attention=memory_attention(config),
+            memory_encoder=memory_encoder(config),
+            **{**model_options(config), **options},
         )
-        _replace_sam_heads(model, config)
+        replace_sam_heads(model, config)
     return model
 
 
@@ -184,7 +184,7 @@ def prepare(model: SAM2VideoPredictor, seed: int) -> SAM2VideoPredictor:
     return model.eval().requires_grad_(False)
 
 
-def _image_encoder(config: SAM2Config) -> ImageEncoder:
+def image_encoder(config: SAM2Config) -> ImageEncoder:
     trunk = config.trunk
     return ImageEncoder(
         trunk=Hiera(
@@ -206,7 +206,7 @@ def _image_encoder(config: SAM2Config) -> ImageEncoder:
     )
 
 
-def _memory_attention(config: SAM2Config) -> MemoryAttention:
+def memory_attention(config: SAM2Config) -> MemoryAttention:
     sizes = config.memory_attention
 
     def attention(**options: Any) -> RoPEAttention:
@@ -236,7 +236,7 @@ def _memory_attention(config: SAM2Config) -> MemoryAttention:
     )
 
 
-def _memory_encoder(config: SAM2Config) -> MemoryEncoder:
+def memory_encoder(config: SAM2Config) -> MemoryEncoder:
     width = config.hidden_dim
     return MemoryEncoder(
         out_dim=config.mem_dim,
@@ -247,7 +247,7 @@ def _memory_encoder(config: SAM2Config) -> MemoryEncoder:
     )
 
 
-def _model_options(config: SAM2Config) -> dict[str, Any]:
+def model_options(config: SAM2Config) -> dict[str, Any]:
     """Arguments of SAM2Base and SAM2VideoPredictor, as the official YAML files set them."""
     newer = config.add_tpos_enc_to_obj_ptrs
     return {
@@ -286,7 +286,7 @@ def _model_options(config: SAM2Config) -> dict[str, Any]:
     }
 
 
-def _replace_sam_heads(model: SAM2VideoPredictor, config: SAM2Config) -> None:
+def replace_sam_heads(model: SAM2VideoPredictor, config: SAM2Config) -> None:
     """SAM2Base fixes the sizes of its heads in code; ours come from the configuration."""
     sizes, width = config.mask_decoder, config.hidden_dim
     model.sam_prompt_encoder = PromptEncoder(

@@ -11,8 +11,6 @@ from pycocotools import mask as coco
 import sam2jax
 from tests.test_cli import commands_in_an_empty_folder, write_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 PEAKS = ["--points-per-side", "3", "--points-per-batch", "9", "-q"]
 PEAKS += ["--pred-iou-thresh", "0.1", "--stability-score-thresh", "0"]
 

@@ -8,8 +8,9 @@ from PIL import Image
 from pycocotools import mask as coco
 
 import sam2jax
-from sam2jax.io.runs import encode_coco, encode_runs
+from sam2jax.io.runs import decode_coco, encode_coco, encode_runs
 from sam2jax.ops.boxes import mask_boxes, non_maximum_suppression
+from sam2jax.predictors import automatic
 from sam2jax.predictors.grids import crop_boxes, near_crop_edge, point_grid
 from sam2jax.predictors.regions import clean_masks
 from sam2jax.testing import random_params, small_config
@@ -172,7 +173,6 @@ PEAKS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
 def test_records(params):
     generator = sam2jax.SAM2AutomaticMaskGenerator(MODEL, params, points_per_side=5, **PEAKS)
     image = picture()
@@ -221,6 +221,62 @@ def test_the_pure_function_finds_the_same(params):
         sam2jax.generate_masks(MODEL, params, features, grid, SIZE, points_per_batch=7)
 
 
+def test_images_sharded_over_devices(params):
+    """Encoded, prompted and searched for masks, each half of a batch on a device of its own."""
+    mesh = jax.make_mesh((2,), ("images",), axis_types=(jax.sharding.AxisType.Auto,))
+    over_images = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("images"))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    images = np.stack([picture(seed) for seed in range(4)])
+    grid = point_grid(2).astype(np.float32)
+    prompts = sam2jax.Prompts.make(points=[[[30, 20]], [[50, 40]]])
+
+    def answer(params, images):
+        features = sam2jax.encode_image(MODEL, params, images)
+
+        def one(features):
+            masks = sam2jax.decode_masks(MODEL, params, features, prompts).masks
+            found = sam2jax.generate_masks(
+                MODEL, params, features, grid, SIZE, points_per_batch=4, max_masks=4, **PEAKS
+            )
+            return masks, found
+
+        return jax.vmap(one)(features)
+
+    expected = jax.jit(answer)(params, images)
+    sharded = jax.jit(answer, out_shardings=over_images)(
+        jax.device_put(params, everywhere), jax.device_put(images, over_images)
+    )
+    assert len(sharded[0].devices()) == 2
+    assert sharded[0].addressable_shards[0].data.shape[0] == 2  # images on each
+    assert expected[1].valid.any()
+    for one, other in zip(jax.tree.leaves(sharded), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_few_masks_are_held_as_logits(params, monkeypatch):
+    """However many pass, only so many are more than run lengths; the records are the same."""
+    options = {"points_per_side": 8, "points_per_batch": 8, "box_nms_thresh": 1.1, **PEAKS}
+    generator = sam2jax.SAM2AutomaticMaskGenerator(MODEL, params, **options)
+    expected = generator.generate(picture())
+    most, held = 10, []
+    process = generator._process_batch
+
+    def counted(*given):
+        found = process(*given)
+        held.append(sum(isinstance(mask, np.ndarray) for mask in found.masks))
+        return found
+
+    in_runs, drawn = generator._in_runs, []
+    monkeypatch.setattr(automatic, "MOST_LOGITS", most)
+    monkeypatch.setattr(generator, "_process_batch", counted)
+    monkeypatch.setattr(generator, "_in_runs", lambda *given: (drawn.append(1), in_runs(*given))[1])
+    found = generator.generate(picture())
+    assert sum(held) > 3 * most and len(drawn) > 3
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one["segmentation"], other["segmentation"])
+
+
 def test_an_image_in_which_nothing_passes(params):
     options = {"points_per_side": 3, "pred_iou_thresh": 1.0, "crop_n_layers": 1}
     generator = sam2jax.SAM2AutomaticMaskGenerator(MODEL, params, **options)
@@ -260,10 +316,11 @@ def test_small_regions_are_mended():
     small = np.zeros((40, 40), bool)
     small[2:4, 2:5] = True  # all there is
     boxes = np.array([[5, 5, 29, 29], [5, 5, 35, 35], [2, 2, 4, 3]], np.float32)
-    masks, changed, rows = clean_masks([large, mended, small], boxes, 10, 0.7)
-    np.testing.assert_array_equal(masks[1], large)
+    given = [encode_coco(mask) for mask in (large, mended, small)]
+    masks, changed, rows = clean_masks(given, boxes, 10, 0.7)
+    np.testing.assert_array_equal(decode_coco(masks[1]), large)
     assert changed[1].tolist() == [5, 5, 29, 29]
-    assert rows == [0, 2]  # the one that had to be mended is a duplicate now
+    assert rows.tolist() == [0, 2]  # the one that had to be mended is a duplicate now
 
 
 def test_boxes_and_runs():

@@ -57,13 +57,40 @@ def bilinear_weights(source: int, target: int) -> np.ndarray:
     return _weights(source, target, "linear")
 
 
+def blend_rows(x: Array, rows: Array, shares: Array) -> Array:
+    """Rows as weighted sums of a few others: [..., h, W, C] -> [..., H, W, C].
+
+    Args:
+      x: what they are taken from.
+      rows: [K, H] int32, which.
+      shares: [K, H] float32, their weights.
+    """
+    shares = shares.reshape(len(shares), *[1] * (x.ndim - 3), -1, 1, 1)
+    parts = [shares[k] * jnp.take(x, rows[k], axis=-3) for k in range(len(rows))]
+    return functools.reduce(jnp.add, parts)
+
+
 def _separable(x: Array, height: int, width: int, method: str) -> Array:
     x = x.astype(jnp.float32)
-    if x.shape[1] != height:
-        x = einsum("oh,bhwc->bowc", jnp.asarray(_weights(x.shape[1], height, method)), x)
+    if height < x.shape[1]:
+        x = _resize_rows(x, height, method)  # first, since the columns' product is the larger work
     if x.shape[2] != width:
         x = einsum("ow,bhwc->bhoc", jnp.asarray(_weights(x.shape[2], width, method)), x)
-    return x
+    return x if x.shape[1] == height else _resize_rows(x, height, method)
+
+
+def _resize_rows(x: Array, height: int, method: str) -> Array:
+    # Reading a few whole rows is cheaper than a product with mostly zeros.
+    return blend_rows(
+        x, *(jnp.asarray(part) for part in taps(_weights(x.shape[1], height, method)))
+    )
+
+
+def taps(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same weights [target, source] as `blend_rows` takes them: rows and shares [K, target]."""
+    count = int((weights != 0).sum(1).max())
+    rows = np.argsort(weights == 0, axis=1, kind="stable")[:, :count]
+    return rows.T.astype(np.int32), np.take_along_axis(weights, rows, axis=1).T
 
 
 @functools.lru_cache(maxsize=64)

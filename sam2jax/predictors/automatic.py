@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from sam2jax.io.runs import encode_coco, encode_runs
+from sam2jax.io.runs import decode_coco, encode_coco, encode_runs
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.predictors.grids import Box, crop_boxes, near_crop_edge, point_grids
 from sam2jax.predictors.image import preprocess
@@ -41,12 +41,13 @@ GENERATOR_OPTIONS = (
     "multimask_output",
 )
 CANVAS_PIXELS = 2**25  # of masks that are judged at once at the size of the image
+MOST_LOGITS = 2048  # masks that are kept as logits (256 KiB each at 1024 px), others as run lengths
 
 
 class Found(NamedTuple):
-    """Masks of one crop that have passed so far, one row each; in pixels of the image."""
+    """Masks that have passed so far, one row each; in pixels of the image."""
 
-    logits: np.ndarray  # [C, S/4, S/4] float32
+    masks: np.ndarray  # [C] of objects: logits [S/4, S/4] of the crop, or run lengths in the image
     ious: np.ndarray  # [C] float32
     stability: np.ndarray  # [C] float32
     boxes: np.ndarray  # [C, 4] float32
@@ -62,7 +63,7 @@ class SAM2AutomaticMaskGenerator:
 
     Names, arguments, defaults and records are those of the official class. Masks are looked at in
     the image's size only when they have passed by their predicted IoU, and drawn only when they
-    are kept. Until the end of a crop each takes (S/4)^2 * 4 bytes: 256 KiB at 1024 px.
+    are kept. Memory does not grow with points and crops but by the run lengths of what has passed.
 
     Args:
       model: from `load`, or what `build_sam2` returns.
@@ -171,9 +172,9 @@ class SAM2AutomaticMaskGenerator:
         if len(crops) > 1:
             area = np.prod(found.crops[:, 2:] - found.crops[:, :2], axis=1)
             found = _suppress(found, 1 / area, self.crop_nms_thresh)
-        masks, boxes = list(self._draw(found, size)), found.boxes
-        rows = range(len(masks))
-        if self.min_mask_region_area > 0 and masks:
+        masks, boxes = found.masks, found.boxes
+        rows = np.arange(len(masks))
+        if self.min_mask_region_area > 0:
             threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
             masks, boxes, rows = clean_masks(masks, boxes, self.min_mask_region_area, threshold)
         return [self._record(found.take(row), masks[row], boxes[row]) for row in rows]
@@ -186,14 +187,17 @@ class SAM2AutomaticMaskGenerator:
         pixels = preprocess(image[None, y0:y1, x0:x1], self.model.config.image_size)
         features = encode_image(self.model, self.params, pixels)
         canvas = Canvas.make(image.shape[:2], box, self.model.config.mask_size)
-        parts = [self._nothing()]
+        parts, held = [_nothing()], 0
         grid = self.point_grids[layer]
         for start in range(0, len(grid), self.points_per_batch):
             points = grid[start : start + self.points_per_batch].astype(np.float32)
             parts.append(self._process_batch(features, points, box, canvas))
+            held += len(parts[-1].ious)
+            if held > MOST_LOGITS:
+                parts, held = [self._in_runs(part, canvas) for part in parts], 0
             advance()
         found = Found(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-        return _suppress(found, found.ious, self.box_nms_thresh)
+        return self._in_runs(_suppress(found, found.ious, self.box_nms_thresh), canvas)
 
     def _process_batch(self, features: Any, points: np.ndarray, box: Box, canvas: Canvas) -> Found:
         logits, ious = self._propose(features, points)
@@ -202,7 +206,7 @@ class SAM2AutomaticMaskGenerator:
         if self.pred_iou_thresh > 0:
             passed = np.flatnonzero(ious > self.pred_iou_thresh)
         logits = logits[passed]
-        size = (canvas.rows.shape[0], canvas.columns.shape[0])
+        size = (canvas.rows.shape[1], canvas.columns.shape[0])
         stability, boxes = self._measure(logits, canvas, size)
         keep = ~near_crop_edge(boxes, box, size)
         if self.stability_score_thresh > 0:
@@ -210,7 +214,7 @@ class SAM2AutomaticMaskGenerator:
         x0, y0, x1, y1 = box
         pixels = points * np.array([x1 - x0, y1 - y0]) + np.array([x0, y0])
         return Found(
-            logits[keep],
+            _objects(logits[keep]),
             ious[passed][keep],
             stability[keep],
             boxes[keep].astype(np.float32),
@@ -250,20 +254,24 @@ class SAM2AutomaticMaskGenerator:
             boxes.append(np.asarray(found.boxes)[: len(logits[part])])
         return np.concatenate(stability), np.concatenate(boxes)
 
-    def _draw(self, found: Found, size: tuple[int, int]) -> Iterator[np.ndarray]:
-        """Each mask in the image: [H, W] bool."""
-        mask_size, threshold = self.model.config.mask_size, np.float32(self.mask_threshold)
-        for logits, crop in zip(found.logits, found.crops, strict=True):
-            x0, y0, x1, y1 = (int(edge) for edge in crop)
-            canvas = Canvas.make(size, (x0, y0, x1, y1), mask_size)
-            yield np.asarray(_draw(logits, canvas, threshold))
+    def _in_runs(self, found: Found, canvas: Canvas) -> Found:
+        """Draws the masks of a crop in the image, and keeps their run lengths."""
+        threshold = np.float32(self.mask_threshold)
 
-    def _record(self, found: Found, mask: np.ndarray, box: np.ndarray) -> dict[str, Any]:
+        def drawn(mask: Any) -> dict[str, Any]:
+            if isinstance(mask, dict):
+                return mask
+            return encode_coco(np.asarray(_draw(mask, canvas, threshold)))
+
+        return found._replace(masks=_objects([drawn(mask) for mask in found.masks]))
+
+    def _record(self, found: Found, runs: dict[str, Any], box: np.ndarray) -> dict[str, Any]:
+        mask = decode_coco(runs)
         segmentation: Any = mask
         if self.output_mode == "uncompressed_rle":
             segmentation = encode_runs(mask)
         elif self.output_mode == "coco_rle":
-            segmentation = encode_coco(mask)
+            segmentation = runs
         return {
             "segmentation": segmentation,
             "area": int(mask.sum()),
@@ -274,11 +282,19 @@ class SAM2AutomaticMaskGenerator:
             "crop_box": _xywh(found.crops),
         }
 
-    def _nothing(self) -> Found:
-        """No masks at all, for images in which nothing passes."""
-        size = self.model.config.mask_size
-        shapes = ((0, size, size), (0,), (0,), (0, 4), (0, 2), (0, 4))
-        return Found(*(np.zeros(shape, np.float32) for shape in shapes))
+
+def _nothing() -> Found:
+    """No masks at all, for images in which nothing passes."""
+    columns = [np.zeros(shape, np.float32) for shape in ((0,), (0,), (0, 4), (0, 2), (0, 4))]
+    return Found(_objects([]), *columns)
+
+
+def _objects(items: Any) -> np.ndarray:
+    """An array [C] of whatever the items are."""
+    array = np.empty(len(items), object)
+    for place, item in enumerate(items):
+        array[place] = item
+    return array
 
 
 def _xywh(box: np.ndarray) -> list[float]:

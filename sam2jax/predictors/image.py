@@ -122,12 +122,12 @@ class SAM2ImagePredictor:
         prompts = self._prompts(given, normalize_coords, self._sizes[0])
         count = prompts.num_objects
         size = min(power_of_two(count), MOST_AT_ONCE)
-        answers = []
+        parts = []
         for start in range(0, count, size):
             part = _padded(jax.tree.map(lambda x, s=start: x[s : s + size], prompts), size)
-            found = _decode(self.model, self.params, features, part, multimask_output)
-            answers += self._finish(found, min(size, count - start), self._sizes[0], return_logits)
-        return _stack(answers)
+            parts.append(_decode(self.model, self.params, features, part, multimask_output))
+        found = jax.tree.map(lambda *x: np.concatenate(x)[:count], *parts)
+        return self._finish(found, self._sizes[0], return_logits)
 
     def predict_batch(
         self,
@@ -157,12 +157,11 @@ class SAM2ImagePredictor:
         width = max(row.labels.shape[1] for row in rows)
         stacked = jax.tree.map(lambda *x: np.stack(x), *(_padded(r, objects, width) for r in rows))
         found = _decode_batch(self.model, self.params, features, stacked, multimask_output)
+        found = jax.tree.map(np.asarray, found)
         answers = []
         for i, row in enumerate(rows):
-            one = jax.tree.map(lambda x, i=i: x[i], found)
-            answers.append(
-                _stack(self._finish(one, row.num_objects, self._sizes[i], return_logits))
-            )
+            one = jax.tree.map(lambda x, i=i, n=row.num_objects: x[i, :n], found)
+            answers.append(self._finish(one, self._sizes[i], return_logits))
         masks, ious, logits = zip(*answers, strict=True)
         return list(masks), list(ious), list(logits)
 
@@ -243,22 +242,14 @@ class SAM2ImagePredictor:
             raise ValueError("mask_input must be finite.")
         return logits.reshape(-1, size, size)
 
-    def _finish(
-        self, found: MaskPrediction, count: int, size: tuple[int, int], return_logits: bool
-    ) -> list[Answer]:
-        """Masks at the image's size, IoUs and logits of each of the first `count` objects."""
-        answers = []
-        for place in range(count):
-            masks, ious = _take(found, np.int32(place))
-            full = _at_image_size(
-                masks, size, self.max_hole_area, self.max_sprinkle_area, self.mask_threshold
-            )
-            full = np.asarray(full)
-            if not return_logits:
-                full = (full > self.mask_threshold).astype(np.float32)
-            low = np.clip(np.asarray(masks), -MAX_LOGIT, MAX_LOGIT)
-            answers.append((full, np.asarray(ious), low))
-        return answers
+    def _finish(self, found: MaskPrediction, size: tuple[int, int], return_logits: bool) -> Answer:
+        """Masks of N objects at the image's size; those of a single one without a leading axis."""
+        options = (size, self.max_hole_area, self.max_sprinkle_area, return_logits)
+        full = np.empty((*found.ious.shape, *size), np.float32)
+        for place, masks in enumerate(found.masks):  # one by one, since these are large
+            full[place] = _at_image_size(masks, np.float32(self.mask_threshold), *options)
+        answer = full, np.asarray(found.ious), np.clip(found.masks, -MAX_LOGIT, MAX_LOGIT)
+        return answer if len(full) > 1 else (full[0], answer[1][0], answer[2][0])
 
 
 @partial(jax.jit, static_argnums=1)
@@ -286,17 +277,18 @@ def _embedding(model, params, features):
     return model.apply({"params": params}, features.features, method="without_memory")
 
 
-@jax.jit
-def _take(found: MaskPrediction, place: Array) -> tuple[Array, Array]:
-    return found.masks[place], found.ious[place]
-
-
-@partial(jax.jit, static_argnums=(1, 2, 3))
+@partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _at_image_size(
-    masks: Array, size: tuple[int, int], hole_area: int, sprinkle_area: int, threshold: Array
+    masks: Array,
+    threshold: Array,
+    size: tuple[int, int],
+    hole_area: int,
+    sprinkle_area: int,
+    return_logits: bool,
 ) -> Array:
-    """[C, h, w] logits -> [C, H, W], without small holes and regions."""
-    return resize_masks(fill_regions(masks, hole_area, sprinkle_area, threshold), size)
+    """[C, h, w] logits without small holes and regions -> [C, H, W]: logits, or 0 and 1."""
+    full = resize_masks(fill_regions(masks, hole_area, sprinkle_area, threshold), size)
+    return full if return_logits else (full > threshold).astype(jnp.float32)
 
 
 def _as_prompts(
@@ -331,11 +323,3 @@ def _padded(prompts: Prompts, count: int, width: int | None = None) -> Prompts:
     return prompts.replace(
         **{name: pad(getattr(prompts, name), 2 if name in points_like else 1) for name in names}
     )
-
-
-def _stack(answers: list[Answer]) -> Answer:
-    """Objects' answers; that of a single one without a leading axis."""
-    if len(answers) == 1:
-        return answers[0]
-    masks, ious, logits = (np.stack(column) for column in zip(*answers, strict=True))
-    return masks, ious, logits

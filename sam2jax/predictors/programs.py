@@ -17,8 +17,9 @@ from sam2jax.config import SAM2Config
 from sam2jax.memory.bank import MemoryBank, empty, write
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.ops.resize import resize_masks
+from sam2jax.tracking.segment import fit_mask_prompt
 from sam2jax.tracking.state import TrackState
-from sam2jax.tracking.step import encode_frames, fit_mask_prompt, process_frame
+from sam2jax.tracking.step import encode_frames, process_frame
 from sam2jax.types import EMPTY, Array, FrameMemory, ImageFeatures, Prompts
 
 

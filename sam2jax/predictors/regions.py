@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import jax
 import numpy as np
 import scipy.ndimage
 
+from sam2jax.io.runs import decode_coco, encode_coco
 from sam2jax.ops.boxes import non_maximum_suppression
 from sam2jax.predictors.session import power_of_two
 
@@ -33,22 +37,24 @@ def filled(rows: np.ndarray, count: int) -> np.ndarray:
 
 
 def clean_masks(
-    masks: list[np.ndarray], boxes: np.ndarray, min_area: int, threshold: float
-) -> tuple[list[np.ndarray], np.ndarray, list[int]]:
+    masks: Iterable[dict[str, Any]], boxes: np.ndarray, min_area: int, threshold: float
+) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
     """Fills small holes, removes small regions, and drops duplicates that this makes.
 
-    Masks that need no change are preferred to those that do. Returns all masks and boxes [C, 4],
-    changed where needed, and the rows to keep in order of preference.
+    Masks are run lengths. Those that need no change are preferred to those that do. Returns all
+    masks and boxes [C, 4], changed where needed, and the rows to keep in order of preference.
     """
-    cleaned, changed = [], []
-    for mask in masks:
+    cleaned, new_boxes, changed = [], [], []
+    for runs, box in zip(masks, boxes, strict=True):
+        mask = decode_coco(runs)
         filled = ~_without_small(~mask, min_area, keep_one=False)
         whole = _without_small(filled, min_area, keep_one=True)
         changed.append(not np.array_equal(whole, mask))
-        cleaned.append(whole)
-    boxes = np.stack([_box(m) if c else b for m, b, c in zip(cleaned, boxes, changed, strict=True)])
+        cleaned.append(encode_coco(whole) if changed[-1] else runs)
+        new_boxes.append(_box(whole) if changed[-1] else box)
     scores = 1.0 - np.array(changed, np.float32)
-    return cleaned, boxes, kept_boxes(boxes, scores, threshold).tolist()
+    boxes = np.array(new_boxes, np.float32).reshape(-1, 4)
+    return cleaned, boxes, kept_boxes(boxes, scores, threshold)
 
 
 def _without_small(region: np.ndarray, min_area: int, *, keep_one: bool) -> np.ndarray:

@@ -14,7 +14,7 @@ from flax import struct
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.ops.boxes import mask_boxes, non_maximum_suppression
 from sam2jax.ops.linear import einsum
-from sam2jax.ops.resize import bilinear_weights
+from sam2jax.ops.resize import bilinear_weights, blend_rows, taps
 from sam2jax.segmentation.image import decode_masks
 from sam2jax.types import Array, ImageFeatures, Prompts
 
@@ -22,30 +22,30 @@ from sam2jax.types import Array, ImageFeatures, Prompts
 class Canvas(struct.PyTreeNode):
     """Where in an image a crop lies, as the weights that bring its masks there."""
 
-    rows: Array  # [H, S/4] float32, zero outside of the crop
-    columns: Array  # [W, S/4] float32
+    rows: Array  # [2, H] int32, rows of the mask that each row of the image lies between
+    shares: Array  # [2, H] float32, their weights, zero outside of the crop
+    columns: Array  # [W, S/4] float32, zero outside of the crop
 
     @classmethod
     def make(cls, size: tuple[int, int], box: tuple[int, int, int, int], mask_size: int) -> Canvas:
         """Of the crop `box` (x0, y0, x1, y1) of an image of `size` (height, width), in NumPy."""
-
-        def weights(length: int, first: int, end: int) -> np.ndarray:
-            out = np.zeros((length, mask_size), np.float32)
-            out[first:end] = bilinear_weights(mask_size, end - first)
-            return out
-
         x0, y0, x1, y1 = box
+        rows, shares = taps(bilinear_weights(mask_size, y1 - y0))
+        missing = ((0, 2 - len(rows)), (y0, size[0] - y1))
+        columns = np.zeros((size[1], mask_size), np.float32)
+        columns[x0:x1] = bilinear_weights(mask_size, x1 - x0)
         fields: dict[str, Any] = {
-            "rows": weights(size[0], y0, y1),
-            "columns": weights(size[1], x0, x1),
+            "rows": np.pad(rows, missing),
+            "shares": np.pad(shares, missing),
+            "columns": columns,
         }
         return cls(**fields)
 
     def draw(self, masks: Array) -> tuple[Array, Array]:
         """Mask logits [C, S/4, S/4] in the image [C, H, W], and where the crop is: [1, H, W]."""
-        tall = einsum("yh,chw->cyw", self.rows, masks)
-        inside = jnp.any(self.rows, axis=1)[:, None] & jnp.any(self.columns, axis=1)[None]
-        return einsum("cyw,xw->cyx", tall, self.columns), inside[None]
+        wide = einsum("chw,xw->chx", masks, self.columns)
+        inside = jnp.any(self.shares, axis=0)[:, None] & jnp.any(self.columns, axis=1)[None]
+        return blend_rows(wide[..., None], self.rows, self.shares)[..., 0], inside[None]
 
 
 class MaskMeasures(struct.PyTreeNode):

@@ -9,16 +9,14 @@ from PIL import Image
 from pycocotools import mask as coco
 
 import sam2jax
+from sam2jax.config import VARIANTS
 from tests import oracle
 from tests.parity.pairs import Pair, assert_close, at, iou, pair
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.optimised,
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # pycocotools
-]
+pytestmark = [pytest.mark.parity, pytest.mark.optimised]
 
-SIZE = 256
+SIZE = 256  # where not the models' own
+MODELS = [("sam2.1_hiera_tiny", 3), ("sam2_hiera_base_plus", 5)]
 BOXES = [[75, 275, 425, 550], [425, 300, 700, 575], [375, 250, 650, 500]]
 SCRIPT: dict[str, dict[str, Any]] = {
     "point": {"point_coords": [[500, 375]], "point_labels": [1]},
@@ -36,14 +34,22 @@ SCRIPT: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[("sam2.1_hiera_tiny", 3), ("sam2_hiera_base_plus", 5)])
+@pytest.fixture(scope="module", params=MODELS)
 def both(request) -> Pair:
     name, seed = request.param
     return pair(at(name, SIZE), seed)
 
 
-def picture(media: pathlib.Path, name: str, height: int = 600) -> np.ndarray:
-    return np.array(Image.open(media / f"{name}.jpg").convert("RGB"))[:height, : 3 * height // 2]
+@pytest.fixture(scope="module", params=MODELS)
+def full_size(request) -> Pair:
+    name, seed = request.param
+    return pair(VARIANTS[name], seed)
+
+
+def picture(media: pathlib.Path, name: str, height: int | None = None) -> np.ndarray:
+    """A whole picture, or a corner of it."""
+    whole = np.array(Image.open(media / f"{name}.jpg").convert("RGB"))
+    return whole if height is None else whole[:height, : 3 * height // 2]
 
 
 def arrays(given: dict[str, Any]) -> dict[str, Any]:
@@ -65,8 +71,8 @@ def agree(ours: tuple, theirs: tuple, what: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["truck", "groceries"])
-def test_the_same_script(both: Pair, media: pathlib.Path, name: str):
-    image = picture(media, name)
+def test_the_same_script(full_size: Pair, media: pathlib.Path, name: str):
+    both, image = full_size, picture(media, name)
     ours = sam2jax.SAM2ImagePredictor(both.model, both.params)
     theirs = oracle.image_predictor(both.official, image)
     ours.set_image(Image.fromarray(image))
@@ -98,7 +104,7 @@ def test_the_same_script(both: Pair, media: pathlib.Path, name: str):
 
 
 def test_batches_and_small_regions(both: Pair, media: pathlib.Path):
-    images = [picture(media, "truck"), picture(media, "groceries", 400)]
+    images = [picture(media, "truck", 600), picture(media, "groceries", 400)]
     options = {"max_hole_area": 9, "max_sprinkle_area": 5, "mask_threshold": 0.5}
     ours = sam2jax.SAM2ImagePredictor(both.model, both.params, **options)
     theirs = oracle.image_predictor(both.official, **options)

@@ -97,6 +97,7 @@ def test_an_interactive_session(media: pathlib.Path, case: str, script: Callable
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("name", ["sam2.1_hiera_tiny", "sam2_hiera_tiny"])
 def test_a_session_of_real_size(media: pathlib.Path, name: str, script: Callable[[Both], int]):

@@ -41,6 +41,7 @@ def test_one_object_from_a_click(media: pathlib.Path, name: str):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     ("name", "image_size", "count"),
     [
