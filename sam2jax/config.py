@@ -23,6 +23,7 @@ class HieraConfig:
     window_spec: tuple[int, int, int, int] = (8, 4, 14, 7)  # window width per stage
     window_pos_embed_bkg_spatial_size: tuple[int, int] = (7, 7)
     mlp_ratio: int = 4
+    drop_path_rate: float = 0.0  # in training: of the last block; earlier ones have less
 
     @property
     def channel_list(self) -> tuple[int, ...]:
@@ -38,6 +39,7 @@ class MemoryAttentionConfig:
     num_heads: int = 1
     mlp_dim: int = 2048
     rope_theta: float = 10000.0
+    dropout: float = 0.0  # in training: of what each sublayer adds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,7 @@ class SAM2Config:
     fill_hole_area: int = 8  # largest hole, in pixels of the S/4 mask, that is filled; 0: none
     max_cond_frames_in_attn: int = -1  # -1: all that the bank holds
     memory_temporal_stride_for_eval: int = 1
+    only_obj_ptrs_in_the_past_for_eval: bool = True  # training also reads those ahead
     multimask_min_pt_num: int = 0
     multimask_max_pt_num: int = 1
 

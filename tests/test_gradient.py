@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 import sam2jax
 from sam2jax.testing import random_params, small_config
 
-pytestmark = pytest.mark.optimised
+pytestmark = [pytest.mark.slow, pytest.mark.optimised]
 
 # The stability fallback is off so that the answer to several clicks is token 0's mask.
 CONFIG = small_config(dynamic_multimask_via_stability=False)

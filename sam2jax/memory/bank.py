@@ -99,10 +99,13 @@ def read(
     def near(distance: Array) -> Array:
         return (distance >= 1) & (distance <= longest)
 
+    seen = cond_distance >= 0
+    if not config.only_obj_ptrs_in_the_past_for_eval:
+        seen = jnp.ones_like(seen)
     distance = jnp.concatenate([cond_distance, recent_distance])
     valid = jnp.concatenate(
         [
-            (selected & (cond_distance >= 0)) | (spare & near(cond_distance)),
+            (selected & seen) | (spare & near(cond_distance)),
             (bank.pointer_frame != EMPTY) & near(recent_distance),
         ]
     )

@@ -6,7 +6,16 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from sam2jax.config import HieraConfig
-from sam2jax.nn.layers import MLP, Conv, LayerNorm, Linear, embedding_init, fold_heads, unfold_heads
+from sam2jax.nn.layers import (
+    MLP,
+    Conv,
+    LayerNorm,
+    Linear,
+    drop_path,
+    embedding_init,
+    fold_heads,
+    unfold_heads,
+)
 from sam2jax.ops.attention import attention
 from sam2jax.ops.conv import max_pool_2x2
 from sam2jax.ops.linear import gelu
@@ -48,6 +57,7 @@ class MultiScaleBlock(nn.Module):
     window: int
     pool: bool
     mlp_ratio: int
+    drop_path: float
     dtype: jnp.dtype
 
     @nn.compact
@@ -66,9 +76,9 @@ class MultiScaleBlock(nn.Module):
             x = window_unpartition(x, *shortcut.shape[1:3])
         else:
             x = attn(x)
-        x = shortcut + x
+        x = shortcut + drop_path(self, x, self.drop_path)
         mlp = MLP((self.mlp_ratio * self.features, self.features), self.dtype, gelu, name="mlp")
-        return x + mlp(LayerNorm(1e-6, name="norm2")(x))
+        return x + drop_path(self, mlp(LayerNorm(1e-6, name="norm2")(x)), self.drop_path)
 
 
 class Hiera(nn.Module):
@@ -99,6 +109,7 @@ class Hiera(nn.Module):
                         window=0 if index in config.global_att_blocks else window,
                         pool=new_stage,
                         mlp_ratio=config.mlp_ratio,
+                        drop_path=config.drop_path_rate * index / max(sum(config.stages) - 1, 1),
                         dtype=self.dtype,
                     )
                 )

@@ -132,6 +132,23 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
+def dropout(module: nn.Module, x: Array, rate: float) -> Array:
+    """Drops single values, where `module` is applied with a random key named "dropout"."""
+    return _dropped(module, x, rate, x.shape)
+
+
+def drop_path(module: nn.Module, x: Array, rate: float) -> Array:
+    """Drops what a residual branch adds, for whole images of [B, ...] (arXiv 1603.09382)."""
+    return _dropped(module, x, rate, (x.shape[0],) + (1,) * (x.ndim - 1))
+
+
+def _dropped(module: nn.Module, x: Array, rate: float, shape: tuple[int, ...]) -> Array:
+    if not rate or not module.has_rng("dropout"):
+        return x
+    kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, shape)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
 def fold_heads(x: Array, num_heads: int) -> Array:
     """[B, T, heads * d] -> [B * heads, T, d]."""
     batch, tokens, width = x.shape

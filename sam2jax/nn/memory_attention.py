@@ -9,7 +9,7 @@ from flax import struct
 from jax import lax
 
 from sam2jax.config import SAM2Config
-from sam2jax.nn.layers import LayerNorm, Linear, Projection, fold_heads
+from sam2jax.nn.layers import LayerNorm, Linear, Projection, dropout, fold_heads
 from sam2jax.ops.attention import attention
 from sam2jax.ops.linear import linear
 from sam2jax.ops.position import sine_2d
@@ -143,9 +143,13 @@ class MemoryAttentionLayer(nn.Module):
         self.norm3 = LayerNorm(1e-5)
 
     def __call__(self, x: Array, memory: MemoryTokens) -> Array:
-        x = x + self.self_attn.attend_self(self.norm1(x))
-        x = x + self.cross_attn_image.attend_memory(self.norm2(x), memory)
-        return x + self.linear2(jax.nn.relu(self.linear1(self.norm3(x))))
+        def drop(part: Array) -> Array:
+            return dropout(self, part, self.config.memory_attention.dropout)
+
+        x = x + drop(self.self_attn.attend_self(self.norm1(x)))
+        x = x + drop(self.cross_attn_image.attend_memory(self.norm2(x), memory))
+        hidden = drop(jax.nn.relu(self.linear1(self.norm3(x))))
+        return x + drop(self.linear2(hidden))
 
 
 class MemoryAttention(nn.Module):

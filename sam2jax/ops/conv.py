@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -26,21 +30,55 @@ def conv(
 
 
 def depthwise_conv(x: Array, kernel: Array, bias: Array, dtype: jnp.dtype) -> Array:
-    """Depthwise convolution with a [k, k, C] kernel, same size.
+    """Depthwise convolution with a [k, k, C] kernel, k odd, same size.
 
     Written as a sum of shifted products: XLA fuses it, while its grouped convolution is twenty
-    times slower on a CPU.
+    times slower on a CPU. Its reverse derivative is written down too, as what is derived from the
+    sum compiles ten times longer; there is no forward one.
     """
+    y: Any = _shifted_products(x, kernel, dtype)
+    return (y + bias.reshape(1, 1, 1, -1).astype(jnp.float32)).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _shifted_products(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
+    """[B, H, W, C] float32; factors are rounded to `dtype`."""
     size, (_, height, width, _) = kernel.shape[0], x.shape
-    pad = size // 2
-    padded = jnp.pad(x.astype(dtype), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    padded = _pad(x.astype(dtype), size)
     kernel = kernel.astype(dtype).astype(jnp.float32)
-    y = bias.reshape(1, 1, 1, -1).astype(jnp.float32)
+    y = jnp.zeros(x.shape, jnp.float32)
     for i in range(size):
         for j in range(size):
             shifted = padded[:, i : i + height, j : j + width].astype(jnp.float32)
             y = y + shifted * kernel[i, j].reshape(1, 1, 1, -1)
-    return y.astype(dtype)
+    return y
+
+
+def _shifted_forward(x: Array, kernel: Array, dtype: jnp.dtype):
+    return _shifted_products(x, kernel, dtype), (x, kernel)
+
+
+def _shifted_backward(dtype: jnp.dtype, residuals: tuple[Array, Array], gradient: Array):
+    """The same sum with the kernel turned, and for each of its cells a product with `x`."""
+    x, kernel = residuals
+    size = kernel.shape[0]
+    padded = _pad(x.astype(dtype), size)
+
+    def cell(index: Array) -> Array:
+        shifted = lax.dynamic_slice(padded, (0, index // size, index % size, 0), x.shape)
+        return jnp.sum(shifted.astype(jnp.float32) * gradient, axis=(0, 1, 2))
+
+    by_kernel = lax.map(cell, jnp.arange(size**2, dtype=jnp.int32)).reshape(kernel.shape)
+    by_x: Any = _shifted_products(gradient, kernel[::-1, ::-1], dtype)
+    return by_x.astype(x.dtype), by_kernel.astype(kernel.dtype)
+
+
+_shifted_products.defvjp(_shifted_forward, _shifted_backward)
+
+
+def _pad(x: Array, size: int) -> Array:
+    pad = size // 2
+    return jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
 
 
 def upsample_conv(x: Array, kernel: Array, bias: Array, dtype: jnp.dtype) -> Array:

@@ -7,14 +7,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from sam2jax import memory as bank_ops
 from sam2jax.config import SAM2Config
+from sam2jax.memory.bank import MemoryBank
 from sam2jax.nn.sam2 import SAM2
-from sam2jax.ops.masks import fill_holes, stability_score
-from sam2jax.ops.resize import preprocess_image, resize_bilinear, resize_masks
+from sam2jax.ops.masks import fill_holes
+from sam2jax.ops.resize import preprocess_image
 from sam2jax.tracking.checks import check_frame, check_prompts, check_state
+from sam2jax.tracking.segment import (
+    Answer,
+    answer_with_mask,
+    choose,
+    condition_features,
+    decode,
+    fit_mask_prompt,
+    memory_weights,
+    run_model,
+)
 from sam2jax.tracking.state import TrackState
 from sam2jax.types import (
     CONDITIONING,
@@ -24,25 +34,11 @@ from sam2jax.types import (
     FrameMemory,
     FrameOutput,
     ImageFeatures,
-    MaskCandidates,
     MemoryRead,
     Prompts,
 )
 
-# A mask prompt is answered as it is, with these logits (official `_use_mask_as_output`).
-MASK_SCALE, MASK_BIAS = 20.0, -10.0
-# What the memory encoder is given of a mask: the same range.
-MEMORY_SCALE, MEMORY_BIAS = 20.0, -10.0
-MAX_FED_BACK_LOGIT = 32.0
-
-
-class Answer(struct.PyTreeNode):
-    """The decoder's choice for N objects."""
-
-    masks: Array  # [N, S/4, S/4] float32
-    iou: Array  # [N]
-    object_score: Array  # [N]
-    pointer: Array  # [N, C]
+MAX_FED_BACK_LOGIT = 32.0  # of earlier answers beside clicks, as the official predictor has it
 
 
 def step(
@@ -147,11 +143,6 @@ def scale_prompts(config: SAM2Config, prompts: Prompts, frame: Array) -> Prompts
     return prompts.replace(points=prompts.points * scale.reshape(1, 1, 2))
 
 
-def run_model(model: SAM2, params: Any, method: str, *args: Any) -> Any:
-    """Runs one box of the model."""
-    return model.apply({"params": params}, *args, method=method)
-
-
 def process_frame(
     model: SAM2,
     params: Any,
@@ -168,7 +159,7 @@ def process_frame(
         prompts = Prompts.none(state.num_objects)
     output, memory = _answer_frame(model, params, state, features, prompts, direction)
     prompted = prompts.kind == CONDITIONING
-    bank = _write(model.config, state, memory, direction, prompted, state.bank.has_memory)
+    bank = write_banks(model.config, state, memory, direction, prompted, state.bank.has_memory)
     state = state.replace(bank=bank, frame_index=state.frame_index + direction)
     return state, output, memory
 
@@ -191,7 +182,7 @@ def process_ahead(
     )
     output, memory = _answer_frame(model, params, forgetful, features, prompts, jnp.int32(1))
     never = jnp.zeros_like(prompted)
-    bank = _write(model.config, at_frame, memory, jnp.int32(1), prompted, never)
+    bank = write_banks(model.config, at_frame, memory, jnp.int32(1), prompted, never)
     return state.replace(bank=bank), output, memory
 
 
@@ -230,9 +221,7 @@ def _answer_frame(
 
 def _answer_group(model, params, state, prompts, features, direction):
     config = model.config
-    memory_read = jax.vmap(bank_ops.read, in_axes=(None, 0, None, None, None))(
-        config, state.bank, state.frame_index, direction, state.num_frames
-    )
+    memory_read = read_banks(config, state, direction)
     known = state.bank.has_memory | (prompts.kind != NONE)
     answer, spatial = jax.lax.cond(
         jnp.any(known),
@@ -263,15 +252,18 @@ def _segment(model, params, state, features, memory_read, prompts) -> tuple[Answ
     mask = None
     if prompts.mask is not None:
         mask = fit_mask_prompt(prompts.mask, config.image_size)
-    conditioned = _condition_features(run, state, features, memory_read, prompts)
-    candidates = _decode(run, features, conditioned, prompts, mask)
-    answer = _choose(run, config, candidates, prompts)
+    if prompts.logits is not None:
+        fed_back = jnp.clip(prompts.logits, -MAX_FED_BACK_LOGIT, MAX_FED_BACK_LOGIT)
+        prompts = prompts.replace(logits=fed_back)
+    conditioned = condition_features(run, state, features, memory_read, prompts)
+    candidates = decode(run, features, conditioned, prompts, mask)
+    answer = choose(run, config, candidates, prompts)
     if mask is not None:
-        answer = _answer_with_mask(run, answer, mask, prompts.has_mask)
+        answer = answer_with_mask(run, answer, mask, prompts.has_mask)
     shown = answer.masks
     if config.fill_hole_area:
         shown = fill_holes(shown, config.fill_hole_area)
-    weights = _memory_weights(config, answer.masks, shown, prompts)
+    weights = memory_weights(config, answer.masks, shown, prompts)
     spatial = run("encode_memory", features.features, weights, answer.object_score)
     return answer.replace(masks=shown), spatial
 
@@ -287,130 +279,22 @@ def _no_answer(config: SAM2Config, count: int) -> tuple[Answer, Array]:
     return answer, jnp.zeros((count, config.feature_size**2, config.mem_dim), jnp.bfloat16)
 
 
-def fit_mask_prompt(mask: Array, size: int) -> Array:
-    """A mask prompt at the model's size, 0 or 1: [N, S, S]. One of that size is taken as it is."""
-    if mask.shape[-2:] == (size, size):
-        return mask.astype(jnp.float32)
-    resized = resize_bilinear(mask[..., None], size, size, antialias=True)[..., 0]
-    return (resized >= 0.5).astype(jnp.float32)
-
-
-def _condition_features(run, state, features, memory_read: MemoryRead, prompts: Prompts) -> Array:
-    """What the decoder sees of the frame, per object: [N, H, W, C].
-
-    A new conditioning frame is answered without memory, all others with it. A mask prompt is
-    turned into a pointer from the bare features.
-    """
-    plain = run("without_memory", features.features)
-    shape = (state.num_objects, *plain.shape[1:])
-    tracked = (prompts.kind != CONDITIONING) & state.bank.has_memory
-    if prompts.has_mask is not None:
-        tracked = tracked & ~prompts.has_mask
-    conditioned = jax.lax.cond(
-        jnp.any(tracked),
-        lambda: run("condition_on_memory", features.features, memory_read),
-        lambda: jnp.broadcast_to(plain, shape),
-    )
-
-    def pick(which: Array, one: Array, other: Array) -> Array:
-        return jnp.where(which[:, None, None, None], one, other)
-
-    conditioned = pick(tracked, conditioned, plain)
-    if prompts.has_mask is not None:
-        conditioned = pick(prompts.has_mask, features.features, conditioned)
-    return conditioned
-
-
-def _decode(run, features, conditioned, prompts: Prompts, mask: Array | None) -> MaskCandidates:
-    """Runs the decoder once for all objects, whatever their prompts are."""
-    dense, has_dense, num_points = None, None, prompts.num_points
-    if prompts.logits is not None:
-        dense = jnp.clip(prompts.logits, -MAX_FED_BACK_LOGIT, MAX_FED_BACK_LOGIT)
-        has_dense = prompts.has_logits
-    if mask is not None and prompts.has_mask is not None:
-        has_mask, downsampled = prompts.has_mask, run("downsample_mask", mask)
-        num_points = jnp.where(has_mask, 0, num_points)
-        if dense is None or has_dense is None:
-            dense, has_dense = downsampled, has_mask
-        else:
-            dense = jnp.where(has_mask[:, None, None], downsampled, dense)
-            has_dense = has_dense | has_mask
-    high_res = (features.high_res_s0, features.high_res_s1)
-    return run(
-        "decode_masks",
-        conditioned,
-        high_res,
-        prompts.points,
-        prompts.labels,
-        num_points,
-        dense,
-        has_dense,
+def read_banks(config: SAM2Config, state: TrackState, direction: Array) -> MemoryRead:
+    """What each object's frame attends to; leading [N]."""
+    return jax.vmap(bank_ops.read, in_axes=(None, 0, None, None, None))(
+        config, state.bank, state.frame_index, direction, state.num_frames
     )
 
 
-def _choose(run, config: SAM2Config, candidates: MaskCandidates, prompts: Prompts) -> Answer:
-    """Takes one mask per object (official `_forward_sam_heads` and `MaskDecoder.forward`).
-
-    With at most one click the best of the alternatives, and its token; otherwise the single mask,
-    or the best alternative where that is unstable, with the single mask's token either way.
-    """
-    best = jnp.argmax(candidates.ious[:, 1:], axis=-1) + 1
-    points = prompts.num_points
-    multimask = (points >= config.multimask_min_pt_num) & (points <= config.multimask_max_pt_num)
-    if prompts.has_mask is not None:
-        multimask = multimask & ~prompts.has_mask
-    alternative = multimask
-    if config.dynamic_multimask_via_stability:
-        delta = config.dynamic_multimask_stability_delta
-        stability = stability_score(candidates.masks[:, 0], delta)
-        unstable = stability < config.dynamic_multimask_stability_thresh
-        alternative = alternative | unstable
-    mask_index = jnp.where(alternative, best, 0)
-    token_index = jnp.where(multimask, best, 0)
-
-    present = candidates.object_score > 0
-    masks = jnp.take_along_axis(candidates.masks, mask_index[:, None, None, None], axis=1)[:, 0]
-    token = jnp.take_along_axis(candidates.tokens, token_index[:, None, None], axis=1)[:, 0]
-    return Answer(
-        masks=jnp.where(present[:, None, None], masks, NO_OBJ_SCORE),
-        iou=jnp.take_along_axis(candidates.ious, mask_index[:, None], axis=1)[:, 0],
-        object_score=candidates.object_score,
-        pointer=run("object_pointer", token, present),
-    )
-
-
-def _answer_with_mask(run, answer: Answer, mask: Array, has_mask: Array) -> Answer:
-    """Puts mask prompts in the place of what was decoded (official `_use_mask_as_output`)."""
-    size = answer.masks.shape[-1]
-    logits = mask * MASK_SCALE + MASK_BIAS
-    low_res = resize_bilinear(logits[..., None], size, size, antialias=True)[..., 0]
-    present = jnp.any(mask > 0, axis=(1, 2))
-    score = jnp.where(present, MASK_SCALE + MASK_BIAS, MASK_BIAS)
-    pointer = run("absent_pointer", answer.pointer, present)
-    return Answer(
-        masks=jnp.where(has_mask[:, None, None], low_res, answer.masks),
-        iou=jnp.where(has_mask, 1.0, answer.iou),
-        object_score=jnp.where(has_mask, score, answer.object_score),
-        pointer=jnp.where(has_mask[:, None], pointer, answer.pointer),
-    )
-
-
-def _memory_weights(config: SAM2Config, masks: Array, shown: Array, prompts: Prompts) -> Array:
-    """What the memory encoder is given of the masks: [N, S, S] from -10 to 10.
-
-    A tracked frame's mask goes in as it was decoded; a prompted one's as the user saw it, with
-    its holes filled and, with the official post-processing, cut at zero.
-    """
-    size = config.image_size
-    prompted = (prompts.kind != NONE)[:, None, None]
-    high_res = resize_masks(jnp.where(prompted, shown, masks), (size, size))
-    weights = jax.nn.sigmoid(high_res)
-    if config.binarize_mask_from_pts_for_mem_enc:
-        weights = jnp.where(prompted, (high_res > 0).astype(jnp.float32), weights)
-    return weights * MEMORY_SCALE + MEMORY_BIAS
-
-
-def _write(config, state, memory, direction, conditioning, recent):
+def write_banks(
+    config: SAM2Config,
+    state: TrackState,
+    memory: FrameMemory,
+    direction: Array,
+    conditioning: Array,
+    recent: Array,
+) -> MemoryBank:
+    """Each object's bank with the frame put in, as its two flags [N] say."""
     write = partial(bank_ops.write, config)
 
     def one(bank, frame_memory, conditioning, recent):

@@ -1,0 +1,189 @@
+"""From a frame's features to masks, and to what the memory encoder is given of them.
+
+Pure functions over the boxes of the model, for N objects that share a frame; `step` and training
+put them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from sam2jax.config import SAM2Config
+from sam2jax.nn.sam2 import SAM2
+from sam2jax.ops.masks import stability_score
+from sam2jax.ops.resize import resize_bilinear, resize_masks
+from sam2jax.tracking.state import TrackState
+from sam2jax.types import (
+    CONDITIONING,
+    NO_OBJ_SCORE,
+    NONE,
+    Array,
+    ImageFeatures,
+    MaskCandidates,
+    MemoryRead,
+    Prompts,
+)
+
+# A mask prompt is answered as it is, with these logits (official `_use_mask_as_output`).
+MASK_SCALE, MASK_BIAS = 20.0, -10.0
+# What the memory encoder is given of a mask: the same range.
+MEMORY_SCALE, MEMORY_BIAS = 20.0, -10.0
+
+
+class Answer(struct.PyTreeNode):
+    """The decoder's choice for N objects."""
+
+    masks: Array  # [N, S/4, S/4] float32
+    iou: Array  # [N]
+    object_score: Array  # [N]
+    pointer: Array  # [N, C]
+
+
+Run = Callable[..., Any]  # `run_model` of a model with its parameters
+
+
+def run_model(
+    model: SAM2, params: Any, method: str, *args: Any, dropout: Array | None = None
+) -> Any:
+    """Runs one box of the model; `dropout` is a random key, for training alone."""
+    rngs = None if dropout is None else {"dropout": dropout}
+    return model.apply({"params": params}, *args, method=method, rngs=rngs)
+
+
+def fit_mask_prompt(mask: Array, size: int) -> Array:
+    """A mask prompt at the model's size, 0 or 1: [N, S, S]. One of that size is taken as it is."""
+    if mask.shape[-2:] == (size, size):
+        return mask.astype(jnp.float32)
+    resized = resize_bilinear(mask[..., None], size, size, antialias=True)[..., 0]
+    return (resized >= 0.5).astype(jnp.float32)
+
+
+def condition_features(
+    run: Run,
+    state: TrackState,
+    features: ImageFeatures,
+    memory_read: MemoryRead,
+    prompts: Prompts,
+) -> Array:
+    """What the decoder sees of the frame, per object: [N, H, W, C].
+
+    A new conditioning frame is answered without memory, all others with it. A mask prompt is
+    turned into a pointer from the bare features.
+    """
+    plain = run("without_memory", features.features)
+    shape = (state.num_objects, *plain.shape[1:])
+    tracked = (prompts.kind != CONDITIONING) & state.bank.has_memory
+    if prompts.has_mask is not None:
+        tracked = tracked & ~prompts.has_mask
+    conditioned = jax.lax.cond(
+        jnp.any(tracked),
+        lambda: run("condition_on_memory", features.features, memory_read),
+        lambda: jnp.broadcast_to(plain, shape),
+    )
+
+    def pick(which: Array, one: Array, other: Array) -> Array:
+        return jnp.where(which[:, None, None, None], one, other)
+
+    conditioned = pick(tracked, conditioned, plain)
+    if prompts.has_mask is not None:
+        conditioned = pick(prompts.has_mask, features.features, conditioned)
+    return conditioned
+
+
+def decode(
+    run: Run,
+    features: ImageFeatures,
+    conditioned: Array,
+    prompts: Prompts,
+    mask: Array | None,
+) -> MaskCandidates:
+    """Runs the decoder once for all objects, whatever their prompts are."""
+    dense, has_dense, num_points = None, None, prompts.num_points
+    if prompts.logits is not None:
+        dense, has_dense = prompts.logits, prompts.has_logits
+    if mask is not None and prompts.has_mask is not None:
+        has_mask, downsampled = prompts.has_mask, run("downsample_mask", mask)
+        num_points = jnp.where(has_mask, 0, num_points)
+        if dense is None or has_dense is None:
+            dense, has_dense = downsampled, has_mask
+        else:
+            dense = jnp.where(has_mask[:, None, None], downsampled, dense)
+            has_dense = has_dense | has_mask
+    high_res = (features.high_res_s0, features.high_res_s1)
+    return run(
+        "decode_masks",
+        conditioned,
+        high_res,
+        prompts.points,
+        prompts.labels,
+        num_points,
+        dense,
+        has_dense,
+    )
+
+
+def choose(run: Run, config: SAM2Config, candidates: MaskCandidates, prompts: Prompts) -> Answer:
+    """Takes one mask per object (official `_forward_sam_heads` and `MaskDecoder.forward`).
+
+    With at most one click the best of the alternatives, and its token; otherwise the single mask,
+    or the best alternative where that is unstable, with the single mask's token either way.
+    """
+    best = jnp.argmax(candidates.ious[:, 1:], axis=-1) + 1
+    points = prompts.num_points
+    multimask = (points >= config.multimask_min_pt_num) & (points <= config.multimask_max_pt_num)
+    if prompts.has_mask is not None:
+        multimask = multimask & ~prompts.has_mask
+    alternative = multimask
+    if config.dynamic_multimask_via_stability:
+        delta = config.dynamic_multimask_stability_delta
+        stability = stability_score(candidates.masks[:, 0], delta)
+        unstable = stability < config.dynamic_multimask_stability_thresh
+        alternative = alternative | unstable
+    mask_index = jnp.where(alternative, best, 0)
+    token_index = jnp.where(multimask, best, 0)
+
+    present = candidates.object_score > 0
+    masks = jnp.take_along_axis(candidates.masks, mask_index[:, None, None, None], axis=1)[:, 0]
+    token = jnp.take_along_axis(candidates.tokens, token_index[:, None, None], axis=1)[:, 0]
+    return Answer(
+        masks=jnp.where(present[:, None, None], masks, NO_OBJ_SCORE),
+        iou=jnp.take_along_axis(candidates.ious, mask_index[:, None], axis=1)[:, 0],
+        object_score=candidates.object_score,
+        pointer=run("object_pointer", token, present),
+    )
+
+
+def answer_with_mask(run: Run, answer: Answer, mask: Array, has_mask: Array) -> Answer:
+    """Puts mask prompts in the place of what was decoded (official `_use_mask_as_output`)."""
+    size = answer.masks.shape[-1]
+    logits = mask * MASK_SCALE + MASK_BIAS
+    low_res = resize_bilinear(logits[..., None], size, size, antialias=True)[..., 0]
+    present = jnp.any(mask > 0, axis=(1, 2))
+    score = jnp.where(present, MASK_SCALE + MASK_BIAS, MASK_BIAS)
+    pointer = run("absent_pointer", answer.pointer, present)
+    return Answer(
+        masks=jnp.where(has_mask[:, None, None], low_res, answer.masks),
+        iou=jnp.where(has_mask, 1.0, answer.iou),
+        object_score=jnp.where(has_mask, score, answer.object_score),
+        pointer=jnp.where(has_mask[:, None], pointer, answer.pointer),
+    )
+
+
+def memory_weights(config: SAM2Config, masks: Array, shown: Array, prompts: Prompts) -> Array:
+    """What the memory encoder is given of the masks: [N, S, S] from -10 to 10.
+
+    A tracked frame's mask goes in as it was decoded; a prompted one's as the user saw it, with
+    its holes filled and, with the official post-processing, cut at zero.
+    """
+    size = config.image_size
+    prompted = (prompts.kind != NONE)[:, None, None]
+    high_res = resize_masks(jnp.where(prompted, shown, masks), (size, size))
+    weights = jax.nn.sigmoid(high_res)
+    if config.binarize_mask_from_pts_for_mem_enc:
+        weights = jnp.where(prompted, (high_res > 0).astype(jnp.float32), weights)
+    return weights * MEMORY_SCALE + MEMORY_BIAS
