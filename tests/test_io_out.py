@@ -143,7 +143,6 @@ def test_davis_palette():
     ]
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
 def test_run_length_masks(tmp_path, masks):
     write_masks(tmp_path / "masks.json", masks)
     records = json.loads((tmp_path / "masks.json").read_text())

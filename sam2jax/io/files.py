@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import pathlib
 import secrets
@@ -10,6 +11,8 @@ import shutil
 from collections.abc import Iterator
 
 PathLike = str | os.PathLike[str]
+
+_TOKEN_BYTES = 4  # of chance in a temporary name
 
 
 @contextlib.contextmanager
@@ -57,8 +60,22 @@ def atomic_dir(dest: PathLike) -> Iterator[pathlib.Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_leftovers(dest: PathLike) -> None:
+    """Removes what a process that was killed while it wrote `dest` has left beside it.
+
+    Nobody else may be writing `dest` at the time.
+    """
+    dest = pathlib.Path(dest)
+    pattern = f".{glob.escape(dest.stem)}.{'[0-9a-f]' * 2 * _TOKEN_BYTES}{glob.escape(dest.suffix)}"
+    for left in dest.absolute().parent.glob(pattern):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
 def _temporary_name(dest: pathlib.Path) -> pathlib.Path:
     parent = dest.absolute().parent
     if not parent.is_dir():
         raise FileNotFoundError(f"the folder {parent} does not exist; create it first.")
-    return parent / f".{dest.stem}.{secrets.token_hex(4)}{dest.suffix}"
+    return parent / f".{dest.stem}.{secrets.token_hex(_TOKEN_BYTES)}{dest.suffix}"

@@ -135,6 +135,29 @@ def read_mask(path: PathLike) -> np.ndarray:
     return mask
 
 
+def read_labels(path: PathLike) -> tuple[np.ndarray, bytes | None]:
+    """A picture whose pixels are object numbers, 0 where there is none, and its colours.
+
+    Returns:
+        uint8 [H, W], and the palette (red, green, blue of each number in turn) if it has one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not an image, or one in true colours.
+    """
+    from PIL import Image
+
+    with _reading(path), Image.open(path) as image:
+        mode, colors = image.mode, image.getpalette()
+        labels = np.asarray(image)
+    if mode not in ("P", "L", "1"):
+        raise ValueError(
+            f"{path} is a picture of mode {mode}; expected one whose pixels are object numbers "
+            "(palette or 8-bit grey)."
+        )
+    return labels.astype(np.uint8), None if colors is None else bytes(colors)
+
+
 @contextlib.contextmanager
 def _reading(path: PathLike) -> Iterator[None]:
     """Turns whatever Pillow raises into one line that names the file."""

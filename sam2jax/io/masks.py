@@ -1,6 +1,6 @@
 """Masks out: palette PNGs, COCO run lengths or arrays, written frame by frame.
 
-The three writers have one interface. They are context managers: leaving one normally makes its
+The writers have one interface. They are context managers: leaving one normally makes its
 output appear, an exception leaves nothing behind. No writer holds more than one frame.
 """
 
@@ -12,7 +12,7 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 
@@ -21,23 +21,36 @@ from sam2jax.io.files import atomic_dir, atomic_path
 PathLike = str | os.PathLike[str]
 
 
-class PaletteWriter:
-    """A folder of PNGs as DAVIS has them: pixels hold object ids, 0 is background.
+class _FolderWriter:
+    """A folder of PNGs. `palette` has the colours of the first object ids; those that it leaves
+    out are DAVIS's."""
 
-    Where objects overlap the lowest id wins, as in the official tool.
-    """
-
-    def __init__(self, folder: PathLike):
+    def __init__(self, folder: PathLike, palette: bytes | None = None):
         self._destination = folder
+        given = palette or b""
+        self._palette = given + davis_palette()[len(given) :]
 
-    def __enter__(self) -> PaletteWriter:
+    def __enter__(self) -> Self:
         self._undo = contextlib.ExitStack()
         self._folder = self._undo.enter_context(atomic_dir(self._destination))
-        self._palette = davis_palette()
         return self
 
     def __exit__(self, *failure: Any) -> None:
         self._undo.__exit__(*failure)
+
+    def _save(self, path: pathlib.Path, labels: np.ndarray) -> None:
+        from PIL import Image
+
+        picture = Image.fromarray(labels)
+        picture.putpalette(self._palette)
+        picture.save(path)
+
+
+class PaletteWriter(_FolderWriter):
+    """A folder of PNGs as DAVIS has them: pixels hold object ids, 0 is background.
+
+    Where objects overlap the lowest id wins, as in the official tool.
+    """
 
     def write(self, index: int, name: str, object_ids: Sequence[int], masks: np.ndarray) -> None:
         """Writes a frame.
@@ -48,8 +61,6 @@ class PaletteWriter:
             object_ids: N ids, 1 to 255.
             masks: bool [N, H, W].
         """
-        from PIL import Image
-
         _check(object_ids, masks)
         if not all(0 < object_id < 256 for object_id in object_ids):
             raise ValueError(
@@ -59,9 +70,22 @@ class PaletteWriter:
         labels = np.zeros(masks.shape[1:], np.uint8)
         for object_id, mask in sorted(zip(object_ids, masks, strict=True), key=lambda m: -m[0]):
             labels[mask] = object_id
-        picture = Image.fromarray(labels)
-        picture.putpalette(self._palette)
-        picture.save(self._folder / f"{name}.png")
+        self._save(self._folder / f"{name}.png", labels)
+
+
+class ObjectWriter(_FolderWriter):
+    """A folder of PNGs for each object, as SA-V has them: 000/00000.png; pixels are 1 on it.
+
+    Objects may overlap.
+    """
+
+    def write(self, index: int, name: str, object_ids: Sequence[int], masks: np.ndarray) -> None:
+        """Writes a frame; arguments as in `PaletteWriter.write`, ids from 0 on."""
+        _check(object_ids, masks)
+        for object_id, mask in zip(object_ids, masks, strict=True):
+            folder = self._folder / f"{object_id:03d}"
+            folder.mkdir(exist_ok=True)
+            self._save(folder / f"{name}.png", mask.astype(np.uint8))
 
 
 class RunLengthWriter:
