@@ -1,0 +1,57 @@
+"""Checkpoints of a run (Orbax): written while training goes on, and taken up again exactly."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from sam2jax.training.step import TrainState
+
+
+class Checkpoints:
+    """The folder of a run's checkpoints, of which the latest `keep` stay.
+
+    One is the state, its frozen parameters too, and where the data were. It appears whole or not
+    at all. Leave with `close`, or as a context, so that what is being written is waited for.
+    """
+
+    def __init__(self, folder: pathlib.Path, keep: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        training: Any = ocp.training
+        self._checkpointer = training.Checkpointer(
+            folder.absolute(),
+            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+    @property
+    def latest(self) -> int | None:
+        """After how many steps the newest one was written."""
+        found = self._checkpointer.latest
+        return None if found is None else found.step
+
+    def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
+        """Begins to write; training may go on, and give the state's memory away."""
+        self._checkpointer.save_async(step, state, custom_metadata={"data": json.dumps(data)})
+
+    def load(self, like: Any) -> tuple[TrainState, dict[str, Any]]:
+        """The newest one, with the shapes and shardings of `like`, and where the data were."""
+        metadata: Any = self._checkpointer.metadata(self.latest).custom_metadata
+        state: Any = self._checkpointer.load(self.latest, like)
+        return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(state)), json.loads(
+            metadata["data"]
+        )

@@ -1,0 +1,203 @@
+"""A run: model, data, mesh, steps, metrics and checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+import sam2jax.convert as convert
+from sam2jax.config import VARIANTS, SAM2Config
+from sam2jax.loading import load, save
+from sam2jax.nn.sam2 import SAM2, init_params
+from sam2jax.training.checkpoints import Checkpoints
+from sam2jax.training.config import TrainConfig
+from sam2jax.training.data.clip import Clip
+from sam2jax.training.data.pipeline import Loader, make_loader
+from sam2jax.training.rollout import training_config
+from sam2jax.training.sharding import batch_sharding, make_mesh, state_shardings
+from sam2jax.training.step import TrainState, init_train_state, model_params, train_step
+
+MODEL_FILE = "model.safetensors"
+CHECKPOINTS = "checkpoints"
+
+
+def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> pathlib.Path:
+    """Trains a model, on all devices of all processes.
+
+    Args:
+      config: of the run.
+      resume: go on from the newest checkpoint in `config.output`; the parameters at the end are
+        those of a run that was never stopped.
+      progress: show a bar.
+
+    Returns:
+      The file of the trained model, for `load`; `sam2jax convert` makes any other format of it.
+
+    Raises:
+      FileNotFoundError: there is nothing to resume from, or a source of data is not there.
+      ValueError: the batch cannot be split over the devices, or the folder holds another run.
+    """
+    mesh = make_mesh(config.shards)
+    if config.batch_size % mesh.size:
+        raise ValueError(
+            f"batch_size must be a multiple of the {mesh.size} devices, got {config.batch_size}."
+        )
+    output = pathlib.Path(config.output)
+    with Checkpoints(output / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
+        _check_start(output, checkpoints, resume)
+        served, model, loader = _prepare(config)
+        if resume:
+            state, data = checkpoints.load(_abstract_state(config, served, model, mesh))
+            loader.set_state(data)
+        else:
+            state = _first_state(config, served, model, mesh)
+        state = _run(config, model, state, loader, mesh, checkpoints, progress)
+    path = output / MODEL_FILE
+    params = jax.jit(
+        lambda state: model_params(config, state),
+        out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
+    )(state)
+    if jax.process_index() == 0:
+        save(path, served, jax.device_get(params))
+    return path
+
+
+def _check_start(output: pathlib.Path, checkpoints: Checkpoints, resume: bool) -> None:
+    if resume and checkpoints.latest is None:
+        raise FileNotFoundError(f"{output} holds no checkpoint to resume from; leave resume out.")
+    if not resume and checkpoints.latest is not None:
+        raise ValueError(
+            f"{output} holds a run of {checkpoints.latest} steps: resume it, or give another "
+            "output."
+        )
+
+
+def _prepare(config: TrainConfig) -> tuple[SAM2, SAM2, Loader]:
+    """The model as it will be used, as it is trained, and the data."""
+    served = _serving_config(config)
+    trained = dataclasses.replace(
+        training_config(served),
+        dtype=config.model.dtype,
+        trunk=dataclasses.replace(served.trunk, drop_path_rate=config.model.drop_path_rate),
+        memory_attention=dataclasses.replace(served.memory_attention, dropout=config.model.dropout),
+    )
+    loader = make_loader(
+        config.data,
+        image_size=served.image_size,
+        num_frames=config.num_frames,
+        max_objects=config.max_objects,
+        batch_size=config.batch_size // jax.process_count(),
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        workers=config.workers,
+    )
+    return SAM2(served), SAM2(trained), loader
+
+
+def _serving_config(config: TrainConfig) -> SAM2Config:
+    given = config.model
+    if given.checkpoint is not None:
+        found = convert.read(given.checkpoint).config
+    elif given.variant is not None:
+        found = VARIANTS[given.variant]
+    else:
+        assert given.architecture is not None
+        found = given.architecture
+    size = found.image_size if given.image_size is None else given.image_size
+    return dataclasses.replace(found, image_size=size)
+
+
+def _first_state(config: TrainConfig, served: SAM2, model: SAM2, mesh: Mesh) -> TrainState:
+    params_key, lora_key = jax.random.split(jax.random.key(config.seed))
+    if config.model.checkpoint is None:
+        params = init_params(served.config, params_key)
+    else:
+        params = load(config.model.checkpoint, image_size=served.config.image_size)[1]
+    state = init_train_state(config, model, params, lora_key)
+    return jax.device_put(state, state_shardings(mesh, state))
+
+
+def _abstract_state(config: TrainConfig, served: SAM2, model: SAM2, mesh: Mesh) -> Any:
+    """Shapes and shardings of the state, without any of its values."""
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(
+        lambda: init_train_state(config, model, init_params(served.config, key), key)
+    )
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        state_shardings(mesh, shapes),
+    )
+
+
+def _run(
+    config: TrainConfig,
+    model: SAM2,
+    state: TrainState,
+    loader: Loader,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    progress: bool,
+) -> TrainState:
+    """Steps to the end. Metrics are read when the next step has begun, so as not to wait."""
+    first = int(state.step)
+    placed = batch_sharding(mesh)
+    recipe = dataclasses.replace(config, output="")  # where it is written compiles nothing anew
+    loud = progress and jax.process_index() == 0
+    with (
+        _writer(config) as write,
+        tqdm(total=config.steps, initial=first, unit="step", disable=not loud) as bar,
+    ):
+        for step in range(first + 1, config.steps + 1):
+            batch = _place(next(loader), placed)
+            state, metrics = train_step(recipe, model, state, batch)
+            if step % config.log_every == 0 or step == config.steps:
+                values = {name: float(value) for name, value in metrics.items()}
+                if not np.isfinite(values["loss"]):
+                    raise FloatingPointError(
+                        f"the loss of step {step} is {values['loss']}; take a lower learning rate."
+                    )
+                write(step, values)
+                bar.set_postfix({k: f"{values[k]:.4g}" for k in ("loss", "iou")}, refresh=False)
+            bar.update()
+            if step % config.checkpoint_every == 0 or step == config.steps:
+                checkpoints.save(step, state, loader.get_state())
+    return state
+
+
+def _place(batch: Clip, placed: jax.sharding.NamedSharding) -> Clip:
+    """A process's part of the batch, on its devices."""
+    return Clip(*(jax.make_array_from_process_local_data(placed, part) for part in batch))
+
+
+@contextlib.contextmanager
+def _writer(config: TrainConfig) -> Iterator[Any]:
+    """A function that writes metrics: to the console, and to TensorBoard where asked for."""
+    board: Any = None
+    if config.tensorboard and jax.process_index() == 0:
+        from tensorboardX import SummaryWriter
+
+        board = SummaryWriter(str(pathlib.Path(config.output) / "tensorboard"))
+
+    def write(step: int, values: dict[str, float]) -> None:
+        if jax.process_index() == 0:
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            tqdm.write(f"step {step}  {shown}")
+        if board is not None:
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
+
+    try:
+        yield write
+    finally:
+        if board is not None:
+            board.close()
