@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ORACLE_PACKAGES = ("torch", "torchvision", "sam2", "scipy", "transformers", "hypothesis")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 2)  # for what is sharded; all else runs on the first
 
 
 def pytest_report_header() -> list[str]:
@@ -24,10 +25,17 @@ def pytest_report_header() -> list[str]:
 @pytest.fixture(autouse=True)
 def quick_compilation(request: pytest.FixtureRequest):
     """Compiling is most of the time of tests on small models; longer runs are worth optimising."""
-    thorough = any(request.node.get_closest_marker(name) for name in ("slow", "optimised"))
+    thorough = request.node.get_closest_marker("optimised")
     jax.config.update("jax_disable_most_optimizations", not thorough)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_let_go():
+    """Each compiled program takes memory maps, of which a process may have 65,530 on Linux."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ SEES = {
     "loading": LOADING,
     "testing": CONVERT | {"convert"},
     **dict.fromkeys(APPLICATIONS, HOST),
+    "evaluation": HOST | {"predictors"},
     "cli": HOST | APPLICATIONS,
     "__main__": {"cli"},
     "__init__": HOST | APPLICATIONS,
@@ -87,7 +88,7 @@ def late():
 
 
 def test_importing_the_package_loads_no_heavy_library():
-    heavy = ("torch", "av", "optax", "orbax", "transformers", "PIL", "typer")
+    heavy = ("torch", "av", "optax", "orbax", "transformers", "PIL", "typer", "grain")
     code = f"import sys, sam2jax; print(*[n for n in {heavy} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import sam2jax
 from sam2jax.cli import app
 from sam2jax.config import HieraConfig, MemoryAttentionConfig
+from sam2jax.io.masks import davis_palette
 from sam2jax.io.writer import VideoWriter
 from sam2jax.testing import random_params, small_config
 from tests.conftest import ROOT
@@ -19,6 +20,24 @@ README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```(python|console)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line for kind, text in SNIPPETS if kind == "console" for line in text.splitlines()]
 PYTHON = "".join(text for kind, text in SNIPPETS if kind == "python")
+
+MINE = """
+output = "runs/mine"
+steps = 1
+batch_size = 2
+num_frames = 1
+max_objects = 1
+remat = false
+[model]
+checkpoint = "sam2.1_hiera_tiny.pt"
+[[data.sources]]
+kind = "folder"
+images = "DAVIS/JPEGImages/480p"
+masks = "DAVIS/Annotations/480p"
+multiplier = 2
+[prompts]
+corrections = 0
+"""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +55,25 @@ def folder(tmp_path_factory):
     with VideoWriter(path / "clip.mp4", 24, 360, 400) as writer:
         for frame in frames:
             writer.write(frame)
+    write_benchmark(path / "DAVIS", frames)
+    (path / "mine.toml").write_text(MINE)
     return path
+
+
+def write_benchmark(folder, frames):
+    """A video with two objects, laid out as DAVIS is."""
+    labels = np.zeros(frames.shape[1:3], np.uint8)
+    labels[50:150, 40:200], labels[200:300, 150:350] = 1, 2
+    images, masks = folder / "JPEGImages/480p/cups", folder / "Annotations/480p/cups"
+    lists = folder / "ImageSets/2017"
+    for part in (images, masks, lists):
+        part.mkdir(parents=True)
+    (lists / "val.txt").write_text("cups\n")
+    for index, frame in enumerate(frames):
+        Image.fromarray(frame).save(images / f"{index:05d}.jpg")
+        picture = Image.fromarray(labels, "P")
+        picture.putpalette(davis_palette())
+        picture.save(masks / f"{index:05d}.png")
 
 
 def test_nothing_is_left_out():
@@ -51,7 +88,10 @@ def test_commands(folder, monkeypatch):
         result = CliRunner().invoke(app, shlex.split(line)[1:])
         assert result.exit_code == 0, f"{line}\n{result.output}"
     assert len(ours) >= 6
-    for name in ("out.mp4", "cups_masks.png", "found/1.png", "found/1.json"):
+    for name in (
+        *("out.mp4", "cups_masks.png", "found/1.png", "found/1.json"),
+        *("mine.pt", "davis/results.csv"),
+    ):
         assert (folder / name).stat().st_size > 0
     assert len(list((folder / "masks").iterdir())) == 3
 

@@ -8,9 +8,11 @@ import typer
 
 from sam2jax.cli.auto import auto
 from sam2jax.cli.convert import convert
+from sam2jax.cli.evaluate import evaluate
 from sam2jax.cli.info import info
 from sam2jax.cli.segment import segment
 from sam2jax.cli.track import track
+from sam2jax.cli.train import train
 from sam2jax.version import __version__
 
 app = typer.Typer(
@@ -25,6 +27,8 @@ app = typer.Typer(
 app.command()(track)
 app.command()(segment)
 app.command()(auto)
+app.command()(train)
+app.command("eval")(evaluate)
 app.command()(convert)
 app.command()(info)
 

@@ -1,0 +1,64 @@
+"""`sam2jax train`: fine-tunes a checkpoint, or trains a model from scratch."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Annotated
+
+import typer
+
+from sam2jax.cli.session import errors_told, keep_compiled_programs
+
+
+def train(
+    config: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="TOML file, or one that ships: finetune, lora, scratch."),
+    ],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")
+    ] = False,
+    output: Annotated[
+        pathlib.Path | None, typer.Option(metavar="DIR", help="In place of the file's own.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="In place of the file's own.")] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the configuration, and stop.")
+    ] = False,
+    distributed: Annotated[
+        bool,
+        typer.Option("--distributed", help="One of several processes: Slurm, a TPU pod, ..."),
+    ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Of process 0, where --distributed cannot tell."),
+    ] = None,
+    num_processes: Annotated[int | None, typer.Option(min=1, help="With --coordinator.")] = None,
+    process_id: Annotated[int | None, typer.Option(min=0, help="With --coordinator.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Fine-tune a checkpoint on your own videos, or train a model from scratch.
+
+    Example: sam2jax train --config finetune --show > mine.toml, edit, then
+    sam2jax train --config mine.toml
+    """
+    with errors_told():
+        import dataclasses
+
+        from sam2jax.training.config import read_config, read_text
+
+        if show:
+            typer.echo(read_text(config), nl=False)
+            return
+        run = read_config(config)
+        changes = {"output": None if output is None else str(output), "steps": steps}
+        run = dataclasses.replace(run, **{k: v for k, v in changes.items() if v is not None})
+        if distributed:
+            import jax
+
+            jax.distributed.initialize(coordinator, num_processes, process_id)
+        keep_compiled_programs()
+        from sam2jax.training.loop import train as train_model
+
+        path = train_model(run, resume=resume, progress=not quiet)
+        typer.echo(f"trained model: {path}")
