@@ -5,10 +5,11 @@ import copy
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import sam2jax
 from sam2jax.predictors import propagation
+from sam2jax.predictors.inputs import check_mask
 from sam2jax.testing import random_params, small_config
 
 CONFIG = small_config(image_size=64)
@@ -51,6 +52,17 @@ def test_propagation_equals_track(predictor):
         assert ids == ["cup"]
         np.testing.assert_allclose(scores, out.object_score[frame], atol=1e-4)
         np.testing.assert_allclose(ious, out.iou[frame], atol=1e-4)
+
+
+def test_bilevel_pictures_are_masks():
+    """Pillow gives bools whose bytes are 255, which XLA may add up as they are."""
+    drawn = Image.new("1", (8, 6))
+    ImageDraw.Draw(drawn).rectangle((2, 1, 4, 3), fill=1)
+    bilevel = np.asarray(drawn)
+    assert bilevel.dtype == bool and bilevel.view(np.uint8).max() == 255
+    mask = check_mask(bilevel)
+    np.testing.assert_array_equal(mask, bilevel)
+    assert mask.view(np.uint8).max() == 1
 
 
 def test_the_official_ranges(predictor):

@@ -33,7 +33,7 @@ def check_mask(mask: Any) -> np.ndarray:
         raise TypeError(f"Expected a mask of numbers or booleans, got {mask.dtype}.")
     if not np.isfinite(mask).all():
         raise ValueError("The mask must be finite.")
-    return mask.astype(bool)
+    return mask != 0  # Pillow's bilevel pictures are bools of 255, which XLA would add up as such
 
 
 def check_points(points: Any, labels: Any, box: Any, clear_old_points: bool):
