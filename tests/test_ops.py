@@ -8,7 +8,7 @@ import scipy.ndimage
 
 from sam2jax.ops import attention as attention_ops
 from sam2jax.ops.attention import attention
-from sam2jax.ops.conv import depthwise_conv, upsample_conv
+from sam2jax.ops.conv import conv, depthwise_conv, upsample_conv
 from sam2jax.ops.masks import fill_holes, non_overlapping, stability_score
 from sam2jax.ops.resize import preprocess_image, resize_bilinear, resize_masks
 from sam2jax.ops.rope import rope_table, rotate, split_pairs
@@ -95,6 +95,38 @@ def test_depthwise_convolution_equals_the_grouped_one():
     )
     got = depthwise_conv(x, kernel, bias, jnp.float32)
     np.testing.assert_allclose(got, expected + bias.reshape(1, 1, 1, -1), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "size, stride, padding, height", [(3, 2, 1, 8), (3, 2, 1, 7), (7, 4, 3, 16), (4, 4, 0, 8)]
+)
+@pytest.mark.parametrize("dtype, atol", [(jnp.float32, 1e-5), (jnp.bfloat16, 0.03)])
+def test_a_convolution_has_the_gradient_of_its_definition(
+    size, stride, padding, height, dtype, atol
+):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, height, height, 3))
+    kernel = jax.random.normal(keys[1], (size, size, 3, 5)) / size
+    bias = jax.random.normal(keys[2], (5,))
+
+    def ours(x, kernel, bias):
+        y = conv(x, kernel, bias, stride=stride, padding=padding, dtype=dtype)
+        return jnp.sum(jnp.sin(y.astype(jnp.float32)))
+
+    def defined(x, kernel, bias):
+        sides = (padding, padding)
+        padded = jnp.pad(x, ((0, 0), sides, sides, (0, 0)))
+        reach = height + 2 * padding - size + 1
+        y = bias.reshape(1, 1, 1, 5)
+        for i in range(size):
+            for j in range(size):
+                seen = padded[:, i : i + reach : stride, j : j + reach : stride]
+                y = y + jnp.einsum("bhwi,io->bhwo", seen, kernel[i, j], precision="highest")
+        return jnp.sum(jnp.sin(y))
+
+    found = jax.grad(ours, (0, 1, 2))(x, kernel, bias)
+    for one, other in zip(found, jax.grad(defined, (0, 1, 2))(x, kernel, bias), strict=True):
+        np.testing.assert_allclose(one, other, atol=atol * float(jnp.max(jnp.abs(other))))
 
 
 def test_upsampling_convolution_puts_each_pixel_in_its_own_patch():
