@@ -14,10 +14,11 @@ import safetensors.numpy
 from PIL import Image, ImageDraw
 
 from sam2jax.nn.sam2 import init_params
+from sam2jax.tracking.state import init_state
 from sam2jax.training.data.clip import Clip
 from sam2jax.training.loop import CHECKPOINTS, MODEL_FILE
 from sam2jax.training.sharding import batch_sharding, make_mesh, state_shardings
-from sam2jax.training.step import init_train_state, train_step
+from sam2jax.training.step import batch_loss, init_train_state, train_step
 from tests.training import CONFIG, MODEL, SIZE, batch, first_state, run_config, run_values
 
 pytestmark = pytest.mark.slow
@@ -148,6 +149,26 @@ def test_a_step_sharded_or_rematerialised_equals_a_plain_one(tmp_path, changes):
     for name in metrics:
         np.testing.assert_allclose(other[name], metrics[name], rtol=1e-4, err_msg=name)
     assert_same_steps(found.trainable, expected.trainable, steps=1)
+
+
+def test_memory_for_a_frame_more(tmp_path):
+    """What is kept for the gradient: rematerialised, a frame's bank, pixels and masks, not more."""
+
+    def kept_bytes(num_frames: int, remat: bool) -> int:
+        config = run_config(tmp_path, num_frames=num_frames, remat=remat)
+        state, clip = first_state(config), batch(1, num_frames)
+
+        def loss(trainable):
+            params = {**state.frozen, **trainable}
+            return batch_loss(config, MODEL, params, batch=clip, key=jax.random.key(0))[0]
+
+        kept = jax.eval_shape(lambda given: jax.vjp(loss, given)[1], state.trainable)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+
+    remat, plain = ((kept_bytes(5, how) - kept_bytes(3, how)) / 2 for how in (True, False))
+    carried = sum(leaf.size * 4 for leaf in jax.tree.leaves(init_state(MODEL, 2, 5)))
+    assert remat <= 2 * carried + SIZE * SIZE * (3 + 2)
+    assert remat < plain / 100
 
 
 @pytest.mark.optimised

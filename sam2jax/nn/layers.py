@@ -15,6 +15,7 @@ from sam2jax.types import Array
 # PyTorch's default for linear layers and convolutions.
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 embedding_init = nn.initializers.truncated_normal(0.02)
+token_init = nn.initializers.normal(1.0)  # of what the decoder takes beside image features
 
 
 class Linear(nn.Module):

@@ -13,8 +13,8 @@ from sam2jax.nn.layers import (
     Linear,
     Projection,
     UpsampleConv,
-    embedding_init,
     fold_heads,
+    token_init,
     unfold_heads,
 )
 from sam2jax.ops.attention import MASKED, attention
@@ -193,9 +193,9 @@ class MaskDecoder(nn.Module):
         decoder, width = config.mask_decoder, config.hidden_dim
         self.num_masks = decoder.num_multimask_outputs + 1
         self.transformer = TwoWayTransformer(config)
-        self.obj_score_token = self.param("obj_score_token", embedding_init, (1, width))
-        self.iou_token = self.param("iou_token", embedding_init, (1, width))
-        self.mask_tokens = self.param("mask_tokens", embedding_init, (self.num_masks, width))
+        self.obj_score_token = self.param("obj_score_token", token_init, (1, width))
+        self.iou_token = self.param("iou_token", token_init, (1, width))
+        self.mask_tokens = self.param("mask_tokens", token_init, (self.num_masks, width))
         self.conv_s0 = Linear(width // 8, dtype)
         self.conv_s1 = Linear(width // 4, dtype)
         self.output_upscaling_0 = UpsampleConv(width // 4, dtype)

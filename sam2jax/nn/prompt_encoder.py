@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from sam2jax.config import SAM2Config
-from sam2jax.nn.layers import Conv, LayerNorm, Linear, embedding_init
+from sam2jax.nn.layers import Conv, LayerNorm, Linear, token_init
 from sam2jax.ops.linear import gelu
 from sam2jax.ops.position import pixel_centres, random_fourier
 from sam2jax.types import Array
@@ -39,11 +39,11 @@ class PromptEncoder(nn.Module):
         width = config.hidden_dim
         self.pe_layer = PositionEmbeddingRandom(width)
         self.point_embeddings = [
-            self.param(f"point_embeddings_{i}", embedding_init, (1, width))
+            self.param(f"point_embeddings_{i}", token_init, (1, width))
             for i in range(NUM_POINT_KINDS)
         ]
-        self.not_a_point_embed = self.param("not_a_point_embed", embedding_init, (1, width))
-        self.no_mask_embed = self.param("no_mask_embed", embedding_init, (1, width))
+        self.not_a_point_embed = self.param("not_a_point_embed", token_init, (1, width))
+        self.no_mask_embed = self.param("no_mask_embed", token_init, (1, width))
         hidden = config.mask_in_chans
         self.mask_downscaling_0 = Conv(hidden // 4, 2, stride=2, padding=0, dtype=dtype)
         self.mask_downscaling_1 = LayerNorm(1e-6)

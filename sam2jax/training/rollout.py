@@ -116,7 +116,9 @@ def clip_losses(
     )
 
     def body(state: TrackState, item: FrameItem):
-        return _track_frame(model, params, state, item, prompt_config, loss_config, remat)
+        return _track_frame(
+            model, params, state, item, prompt_config, loss_config, remat, last=num_frames == 1
+        )
 
     items = frame_items(frames, masks, plan, key)
     return jax.lax.scan(jax.checkpoint(body) if remat else body, state, items)[1]
@@ -141,7 +143,9 @@ def frame_items(frames: Array, masks: Array, plan: Plan, key: Array) -> FrameIte
     )
 
 
-def _track_frame(model, params, state, item: FrameItem, prompt_config, loss_config, remat):
+def _track_frame(
+    model, params, state, item: FrameItem, prompt_config, loss_config, remat, *, last: bool
+):
     config, direction = model.config, jnp.int32(FORWARD)
     run = partial(segment.run_model, model, params, dropout=item.dropout_key)
     features = run("encode_image", preprocess_image(item.pixels[None], config.image_size))
@@ -181,10 +185,11 @@ def _track_frame(model, params, state, item: FrameItem, prompt_config, loss_conf
         jax.checkpoint(turn) if remat else turn, _nothing_shown(config, first), steps
     )
     losses = jax.tree.map(lambda x: jnp.sum(x, axis=0), losses)
-    keep = item.conditioning
-    if prompt_config.corrected_as_cond:
-        keep = keep | item.corrected
-    state = _remember(run, config, state, features, shown, keep, direction)
+    if not last:
+        keep = item.conditioning
+        if prompt_config.corrected_as_cond:
+            keep = keep | item.corrected
+        state = _remember(run, config, state, features, shown, keep, direction)
     return state, (losses, mask_iou(shown.high_res > 0, item.target))
 
 

@@ -1,13 +1,16 @@
 """Every box of the model against the official one, on live weights."""
 
+import jax
 import numpy as np
 import pytest
 import torch
+from flax.traverse_util import flatten_dict
 
-from sam2jax.nn.sam2 import SAM2
+from sam2jax.convert.layouts import from_params
+from sam2jax.nn.sam2 import SAM2, init_params
 from sam2jax.testing import small_config
 from sam2jax.types import MemoryRead
-from tests.oracle import to_numpy, to_torch
+from tests.oracle import construct_official, to_numpy, to_torch
 from tests.parity.pairs import FEATURES, LOGITS, Pair, assert_close, at, pair
 
 pytestmark = pytest.mark.parity
@@ -48,6 +51,20 @@ def test_image_encoder(name: str):
         (ours.high_res_s0, ours.high_res_s1, ours.features), theirs, ("s0", "s1", "s2"), strict=True
     ):
         assert_close(ours_level, to_numpy(theirs_level), FEATURES, level)
+
+
+def test_random_starts_are_of_the_official_size():
+    """All but biases, which start at zero here."""
+    config = at("sam2.1_hiera_tiny", 256)
+    flat = flatten_dict(init_params(config, jax.random.key(0)), sep="/")
+    ours = from_params({path: np.asarray(value) for path, value in flat.items()}, "official")
+    official = construct_official(config, True).state_dict()
+    assert set(ours) == set(official)
+    for name, value in official.items():
+        theirs = to_numpy(value)
+        if theirs.size >= 50 and not name.endswith("bias"):
+            sizes = [np.sqrt(np.mean(np.square(x))) for x in (ours[name], theirs)]
+            np.testing.assert_allclose(*sizes, rtol=0.3, atol=0.02, err_msg=name)
 
 
 def encode_prompts(model: SAM2, *args):
