@@ -20,25 +20,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.ndimage
 from tqdm import tqdm
 
 import sam2jax
 from benchmarks.timing import RESULTS
-from sam2jax.evaluation.metrics import score_frames
-from sam2jax.training.data.clip import Clip
+from sam2jax.evaluation.metrics import score_clip
+from sam2jax.training.data.clip import Clip, middle
 from sam2jax.training.data.config import HELD_OUT
 from sam2jax.training.data.procedural import clip_kind, procedural_clip
 
 METHODS = ("click", "mask", "first mask copied", "no memory")
 KINDS = (*HELD_OUT.scene.kinds, "all")
-
-
-def middle(mask: np.ndarray) -> tuple[float, float]:
-    """(x, y) of the pixel farthest from the outside of a mask [H, W] that is not empty."""
-    depth = scipy.ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
-    row, column = np.unravel_index(np.argmax(depth), mask.shape)
-    return float(column), float(row)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -71,14 +63,6 @@ def without_memory(model: sam2jax.SAM2, params: Any, clip: Clip) -> np.ndarray:
     return np.stack(found)
 
 
-def scores(clip: Clip, masks: np.ndarray) -> list[float]:
-    """J&F of each object, first and last frame left out."""
-    return [
-        float(np.mean(score_frames(zip(true[1:-1], found[1:-1], strict=True)).get(1, np.nan)))
-        for true, found in zip(clip.masks.swapaxes(0, 1), masks.swapaxes(0, 1), strict=True)
-    ]
-
-
 def evaluate(model: sam2jax.SAM2, params: Any, clips: int) -> dict[str, Any]:
     """J&F by method and kind, and counts of hidden frames by method."""
     found: dict[str, dict[str, list[float]]] = {m: collections.defaultdict(list) for m in METHODS}
@@ -100,7 +84,7 @@ def evaluate(model: sam2jax.SAM2, params: Any, clips: int) -> dict[str, Any]:
             hidden[method] += [(absent & told).sum(), told.sum(), absent.sum()]
         for method, masks in answers.items():
             for kind in (clip_kind(scene, seed), "all"):
-                found[method][kind] += scores(clip, masks)
+                found[method][kind] += score_clip(clip.masks, masks)
     return {
         "J&F": {m: {k: float(np.nanmean(v)) for k, v in of.items()} for m, of in found.items()},
         "hidden frames, F1": {m: float(2 * n[0] / max(n[1] + n[2], 1)) for m, n in hidden.items()},

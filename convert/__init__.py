@@ -1,12 +1,16 @@
 """Checkpoints from one format to another: official PyTorch, Hugging Face, and sam2jax's own.
 
-python -m sam2jax.convert SOURCE DEST [--to FORMAT] [--verify]
+python -m sam2jax.convert SOURCE DEST [--to FORMAT] [--verify] [--dtype DTYPE]
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+import ml_dtypes
+import numpy as np
+
+from sam2jax.config import DType
 from sam2jax.convert.checkpoint import Checkpoint, Format, format_for, read, write
 from sam2jax.convert.verify import largest_difference
 from sam2jax.io.files import PathLike
@@ -38,7 +42,11 @@ class Summary:
 
 
 def convert(
-    source: PathLike, dest: PathLike, to: str | None = None, verify: bool = False
+    source: PathLike,
+    dest: PathLike,
+    to: str | None = None,
+    verify: bool = False,
+    dtype: DType = "float32",
 ) -> Summary:
     """Reads a checkpoint and writes it in another format.
 
@@ -48,6 +56,7 @@ def convert(
         to: orbax, safetensors, official or huggingface; by default what the suffix of `dest` says
             (.pt: official, .safetensors: safetensors), else orbax.
         verify: whether to read `dest` again and compare.
+        dtype: of the numbers in `dest`; bfloat16 halves its size, and rounds.
 
     Returns:
         What was converted.
@@ -58,7 +67,9 @@ def convert(
     form = format_for(dest, to)
     checkpoint = read(source)
     params = checkpoint.params()
-    write(dest, params, checkpoint.config, form)
+    stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+    rounded = {name: value.astype(stored, copy=False) for name, value in params.items()}
+    write(dest, rounded, checkpoint.config, form)
     return Summary(
         variant=checkpoint.config.name,
         source_format=checkpoint.layout,

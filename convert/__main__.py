@@ -1,4 +1,4 @@
-"""`python -m convert SOURCE DEST [--to FORMAT] [--verify]`"""
+"""`python -m convert SOURCE DEST [--to FORMAT] [--verify] [--dtype DTYPE]`"""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
+from sam2jax.config import DType
 from sam2jax.convert import Format, convert
 
 
@@ -30,9 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--verify", action="store_true", help="read DEST again and compare every number"
     )
+    parser.add_argument(
+        "--dtype", choices=get_args(DType), default="float32", help="of the numbers in DEST"
+    )
     given = parser.parse_args(arguments)
     try:
-        print(convert(given.source, given.dest, given.to, given.verify))
+        print(convert(given.source, given.dest, given.to, given.verify, given.dtype))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -82,7 +82,7 @@ def write(
 
     Args:
         dest: a file for `safetensors` and `official`, a folder for `orbax` and `huggingface`.
-        params: float32 arrays by path, exactly those of the model.
+        params: arrays by path, exactly those of the model, written in their own precision.
         config: the model.
         to: the format; by default the one that the suffix of `dest` names, else `orbax`.
 
@@ -138,6 +138,9 @@ def _locate(source: PathLike) -> pathlib.Path:
         if hub.is_hub_id(name):
             return hub.download(name)
         if name in VARIANTS:
+            shipped = checkpoints.WEIGHTS / f"{name}.safetensors"
+            if shipped.is_file():
+                return shipped
             raise ValueError(
                 f"sam2jax ships no weights of {name!r}; give the path of a checkpoint, or "
                 f"'facebook/{name.replace('_', '-')}' to download it."

@@ -34,6 +34,7 @@ _STORAGES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
+_WRITTEN = {_STORAGES[name]: name for name in ("FloatStorage", "BFloat16Storage")}
 _COMPRESSED = "is compressed or encrypted, as torch.save never does; save it again with torch.save."
 _MAX_PICKLE_BYTES = 64 * 2**20  # the description of a few thousand tensors takes below one
 
@@ -310,8 +311,8 @@ def save_torch(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
 
     Args:
         path: the file to write.
-        values: a mapping of strings to mappings, strings, integers, or float32 NumPy arrays, which
-            become CPU tensors.
+        values: a mapping of strings to mappings, strings, integers, or float32 or bfloat16 NumPy
+            arrays, which become CPU tensors.
     """
     storages: list[np.ndarray] = []
     program = b"\x80\x02" + _pickled(values, storages) + b"."
@@ -319,7 +320,7 @@ def save_torch(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
         _add(archive, "archive/data.pkl", program)
         _add(archive, "archive/byteorder", b"little")
         for key, storage in enumerate(storages):
-            _add(archive, f"archive/data/{key}", storage.astype("<f4", copy=False).tobytes())
+            _add(archive, f"archive/data/{key}", storage.tobytes())
         _add(archive, "archive/version", b"3\n")
 
 
@@ -353,12 +354,12 @@ def _pickled(value: Any, storages: list[np.ndarray]) -> bytes:
         case Mapping():
             items = several(*(part for item in value.items() for part in item))
             return several(_Tag("collections.OrderedDict")) + b")R(" + items + b"u"
-        case np.ndarray() if value.dtype == np.float32:
+        case np.ndarray() if value.dtype in _WRITTEN:
             array = np.ascontiguousarray(value).reshape(value.shape)
             strides = tuple(step // array.itemsize for step in array.strides)
             key = str(len(storages))
             storages.append(array)
-            storage = ("storage", _Tag("torch.FloatStorage"), key, "cpu", array.size)
+            storage = ("storage", _Tag(f"torch.{_WRITTEN[value.dtype]}"), key, "cpu", array.size)
             return b"".join(
                 [
                     several(_Tag("torch._utils._rebuild_tensor_v2")) + b"(",

@@ -1,7 +1,8 @@
 """Static configuration: frozen, hashable, and the only place where sizes are written down.
 
 Every width, depth, head count and memory size of the model comes from a `SAM2Config`, so a
-smaller model is only another value of it. `VARIANTS` holds the official ones.
+smaller model is only another value of it. `VARIANTS` holds the official ones, and the one whose
+weights ship with the package.
 """
 
 from __future__ import annotations
@@ -202,7 +203,7 @@ _TRUNKS = {
     ),
 }
 
-VARIANTS: dict[str, SAM2Config] = {
+_OFFICIAL = {
     f"{version}_hiera_{size}": SAM2Config(
         name=f"{version}_hiera_{size}",
         trunk=trunk,
@@ -212,3 +213,23 @@ VARIANTS: dict[str, SAM2Config] = {
     for version in ("sam2", "sam2.1")
     for size, trunk in _TRUNKS.items()
 }
+
+# Trained by benchmarks/nano on drawn clips.
+NANO = SAM2Config(
+    name="sam2.1_hiera_nano",
+    image_size=256,
+    hidden_dim=96,
+    mem_dim=32,
+    num_fuser_layers=1,
+    trunk=HieraConfig(
+        embed_dim=24,
+        stages=(1, 2, 4, 1),
+        global_att_blocks=(4, 6),
+        window_spec=(8, 8, 8, 8),
+        window_pos_embed_bkg_spatial_size=(4, 4),
+    ),
+    memory_attention=MemoryAttentionConfig(num_layers=2, mlp_dim=384),
+    mask_decoder=MaskDecoderConfig(num_heads=4, mlp_dim=384, iou_head_hidden_dim=96),
+)
+
+VARIANTS: dict[str, SAM2Config] = {**_OFFICIAL, NANO.name: NANO}

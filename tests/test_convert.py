@@ -7,17 +7,20 @@ import re
 import subprocess
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from sam2jax import convert
-from sam2jax.config import VARIANTS, SAM2Config
+from sam2jax.config import NANO, VARIANTS, SAM2Config
 from sam2jax.convert import huggingface, layouts, torch_file
 from sam2jax.convert.__main__ import main
 from sam2jax.convert.rules import OFFICIAL, Rule, move_axes, rename, shorten
 from sam2jax.convert.verify import largest_difference
 from sam2jax.testing import draw, small_config
 from tests.conftest import ROOT
+
+PUBLISHED = [name for name in VARIANTS if name != NANO.name]
 
 GOLDEN = json.loads((ROOT / "tests/goldens/checkpoint_keys.json").read_text())
 # `transformers` fixes the memory's width.
@@ -60,10 +63,32 @@ def source(tmp_path: pathlib.Path, state: dict[str, np.ndarray]) -> pathlib.Path
     return folder / "small.pt"
 
 
+def test_a_rounded_copy(state, source, tmp_path):
+    """In half the bytes: each number is the nearest of bfloat16."""
+    for name, to in (("half.safetensors", None), ("half.pt", None), ("half", "orbax")):
+        summary = convert.convert(source, tmp_path / name, to, verify=True, dtype="bfloat16")
+        again = convert.read(tmp_path / name)
+        assert {value.dtype for value in again.tensors.values()} == {np.dtype(ml_dtypes.bfloat16)}
+        worst = 0.0
+        for key, value in layouts.from_params(again.params(), "official").items():
+            rounded = state[key].astype(ml_dtypes.bfloat16).astype(np.float32)
+            np.testing.assert_array_equal(value, rounded, err_msg=key)
+            worst = max(worst, float(np.abs(rounded - state[key]).max()))
+        assert summary.largest_difference == pytest.approx(worst)
+    sizes = [path.stat().st_size for path in (tmp_path / "half.safetensors", source)]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_the_nano_model_is_known_by_its_names_and_shapes():
+    for layout in ("official", "sam2jax", "huggingface"):
+        tensors = hollow(layouts.expected_shapes(NANO, layout))
+        assert layouts.identify(tensors, layout) == NANO
+
+
 # Tables ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", PUBLISHED)
 def test_official_checkpoints_convert_there_and_back(variant: str):
     shapes = official_shapes(variant)
     tensors = hollow(shapes)
@@ -113,11 +138,11 @@ def test_round_trips_change_no_number(state: dict[str, np.ndarray], layout: layo
 
 
 def test_every_rule_is_used():
-    keys = [key for variant in VARIANTS for key in official_shapes(variant)]
+    keys = [key for variant in PUBLISHED for key in official_shapes(variant)]
     assert not [rule for rule in OFFICIAL if not any_renamed(keys, rule)]
     theirs = [
         key
-        for variant in VARIANTS
+        for variant in PUBLISHED
         for key in huggingface.from_official(hollow(official_shapes(variant)))
     ]
     assert not [rule for rule in huggingface.HUGGINGFACE if not any_renamed(theirs, rule)]

@@ -136,6 +136,23 @@ def test_distractor_shares_texture_and_shape(monkeypatch):
     assert 0.9 < alike < 1
 
 
+def test_a_hard_scene_hides_the_target_and_shows_its_like(monkeypatch):
+    scenes = []
+    plan = procedural.plan_scene
+    monkeypatch.setattr(procedural, "plan_scene", lambda *a: scenes.append(plan(*a)) or scenes[-1])
+    config = SceneConfig(kinds=("hard",))
+    for seed in range(4):
+        clip = procedural_clip(config, seed, image_size=64)
+        scene = scenes[-1]
+        seen = clip.masks[:, 0].any((1, 2))
+        length, end = longest_absence(seen)
+        assert length >= 8 and seen[0] and seen[end:].any()
+        target = scene.layers[scene.objects[0]]
+        others = [layer for i, layer in enumerate(scene.layers) if i not in scene.objects]
+        assert [layer.texture for layer in others].count(target.texture) == 1
+        assert len({scene.layers[i].texture for i in scene.objects}) == 3
+
+
 def test_few_scenes_are_thrown_away(monkeypatch):
     drawn = []
     plan = procedural.plan_scene

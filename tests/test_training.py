@@ -73,6 +73,32 @@ def test_an_update_of_adamw():
     np.testing.assert_allclose(optax.tree.get(state, "mu")["a/kernel"], [0.1 * 3 / 5], rtol=1e-5)
 
 
+def test_an_update_of_muon():
+    """A matrix is stepped as far in all directions, and as far as AdamW would; the rest by Adam."""
+    config = OptimizerConfig(kind="muon", learning_rate=0.1, weight_decay=0.0, clip_norm=1e9)
+    key = jax.random.key(0)
+    shapes = {
+        "a/kernel": (64, 32),
+        "b/kernel": (3, 3, 16, 48),
+        "a/bias": (32,),
+        "b/narrow/kernel": (64, 4),
+        "dwconv/kernel": (7, 7, 32),
+    }
+    gradient = {path: jax.random.normal(key, shape) for path, shape in shapes.items()}
+    optimizer = make_optimizer(config, gradient, num_blocks=12, steps=10)
+    updates, _ = optimizer.update(gradient, optimizer.init(gradient), gradient)
+    for path in ("a/kernel", "b/kernel"):
+        step, slope = (
+            np.asarray(x[path]).reshape(-1, shapes[path][-1]) for x in (updates, gradient)
+        )
+        spread = np.linalg.svd(step, compute_uv=False) / (0.1 * 0.2 * len(step) ** 0.5)
+        assert 0.6 < spread.min() and spread.max() < 1.3, spread
+        assert np.sum(step * slope) < 0
+        assert np.sqrt(np.mean(step**2)) < 0.1 * 0.2 * 1.3
+    for path in set(shapes) - {"a/kernel", "b/kernel"}:
+        np.testing.assert_allclose(updates[path], -0.1 * np.sign(gradient[path]), rtol=1e-4)
+
+
 def test_schedules():
     plain = make_schedule(OptimizerConfig(learning_rate=1.0), 100)
     assert [round(float(plain(s)), 3) for s in (0, 50, 100)] == [1.0, 0.55, 0.1]

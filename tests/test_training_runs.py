@@ -81,8 +81,8 @@ def assert_same_steps(found, expected, steps: int, rate: float = 1e-3) -> None:
     assert np.quantile(np.concatenate(every), 0.95) < 0.02 * steps
 
 
-def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
-    whole, killed = (tmp_path / name for name in ("whole", "killed"))
+def test_a_run_killed_or_stopped_ends_as_one_that_was_not(tmp_path):
+    whole, killed, stopped = (tmp_path / name for name in ("whole", "killed", "stopped"))
     finish(start(tmp_path, "--output", str(whole)))
     process = start(tmp_path, "--output", str(killed))
     last = f"step {np.random.default_rng().integers(3, 6)} "  # after a checkpoint, before the end
@@ -95,10 +95,14 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
     assert not (killed / MODEL_FILE).exists()
     output = finish(start(tmp_path, "--output", str(killed), "--resume"))
     assert "step 1 " not in output and "step 6 " in output
-    expected, found = trained(whole), trained(killed)
-    assert set(found) == set(expected)
-    for name in expected:
-        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    finish(start(tmp_path, "--output", str(stopped), stop_after=3))
+    finish(start(tmp_path, "--output", str(stopped), "--resume"))
+    expected = trained(whole)
+    for output in (killed, stopped):
+        found = trained(output)
+        assert set(found) == set(expected)
+        for name in expected:
+            np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
     start_values = safetensors.numpy.load_file(tmp_path / "start.safetensors")
     changed = [name for name in expected if not np.array_equal(expected[name], start_values[name])]
     assert len(changed) > 0.9 * len(expected)

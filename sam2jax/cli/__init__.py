@@ -8,6 +8,7 @@ import typer
 
 from sam2jax.cli.auto import auto
 from sam2jax.cli.convert import convert
+from sam2jax.cli.demo import demo
 from sam2jax.cli.evaluate import evaluate
 from sam2jax.cli.info import info
 from sam2jax.cli.segment import segment
@@ -24,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+app.command()(demo)
 app.command()(track)
 app.command()(segment)
 app.command()(auto)

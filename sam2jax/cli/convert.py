@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sam2jax.cli.session import errors_told
+from sam2jax.cli.session import DType, errors_told
 
 
 class Format(enum.StrEnum):
@@ -30,6 +30,9 @@ def convert(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read DEST again and compare every number.")
     ] = False,
+    dtype: Annotated[
+        DType, typer.Option(help="Of the numbers in DEST; bfloat16 halves the file, and rounds.")
+    ] = DType.float32,
 ) -> None:
     """Convert a checkpoint between PyTorch's, Hugging Face's and sam2jax's formats.
 
@@ -41,4 +44,4 @@ def convert(
     with errors_told():
         from sam2jax.convert import convert as run
 
-        typer.echo(str(run(source, dest, to, verify)))
+        typer.echo(str(run(source, dest, to, verify, dtype.value)))

@@ -82,6 +82,20 @@ def score_frames(
     return {obj: (float(j), float(f)) for obj, (j, f) in means.items()}
 
 
+def score_clip(truth: np.ndarray, found: np.ndarray) -> list[float]:
+    """J&F of each object of a clip, first and last frame left out, as DAVIS does.
+
+    Args:
+      truth: [T, N, H, W] bool.
+      found: [T, N, H, W] bool.
+
+    Returns:
+      N numbers in [0, 1]; nan for an object that is never seen.
+    """
+    pairs = zip(truth[1:-1].swapaxes(0, 1), found[1:-1].swapaxes(0, 1), strict=True)
+    return [float(np.mean(score_frames(zip(*pair, strict=True)).get(1, np.nan))) for pair in pairs]
+
+
 def objects_in(labels: np.ndarray) -> set[int]:
     """Numbers above 0 in a picture of uint8 or bool."""
     return set(np.flatnonzero(np.bincount(labels.ravel())).tolist()) - {0}

@@ -22,6 +22,7 @@ from sam2jax.io.files import PathLike, atomic_dir, atomic_path
 FORMAT_VERSION = 1
 HEADER = "sam2jax"  # the key of our JSON in a safetensors header
 HEADER_FILE = "sam2jax.json"  # the same beside an Orbax tree
+WEIGHTS = pathlib.Path(__file__).parents[1] / "weights"  # what ships with the package
 _TREE = "params"
 
 

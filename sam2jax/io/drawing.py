@@ -124,4 +124,4 @@ def _draw_marks(frame: np.ndarray, marks: Sequence[Marks], width: int) -> np.nda
             draw.rectangle((x - arm, y - bar / 2, x + arm, y + bar / 2), fill=(255, 255, 255))
             if label == 1:  # a plus; anything else is a minus
                 draw.rectangle((x - bar / 2, y - arm, x + bar / 2, y + arm), fill=(255, 255, 255))
-    return np.asarray(picture)
+    return np.array(picture)

@@ -50,7 +50,7 @@ class TrainConfig:
     """
 
     output: str  # folder of the run: checkpoints, and the trained model at the end
-    steps: int
+    steps: int  # over which the learning rate falls
     model: ModelConfig
     data: DataConfig = DataConfig()
     batch_size: int = 8
@@ -67,6 +67,7 @@ class TrainConfig:
     workers: int = 2  # threads that prepare data
     log_every: int = 10
     checkpoint_every: int = 500
+    stop_after: int | None = None  # steps after which the run ends, before its rate has fallen
     keep_checkpoints: int = 2
     tensorboard: bool = False
 
@@ -77,6 +78,10 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.stop_after is not None and not 1 <= self.stop_after <= self.steps:
+            raise ValueError(
+                f"stop_after must be between 1 and steps, {self.steps}, got {self.stop_after}."
+            )
         if self.workers < 0 or self.seed < 0:
             raise ValueError("workers and seed must not be negative.")
         if self.lora is not None and self.freeze:
@@ -86,6 +91,11 @@ class TrainConfig:
                 re.compile(rule)
             except re.error as error:
                 raise ValueError(f"freeze: {rule!r} is no regular expression: {error}.") from error
+
+    @property
+    def last_step(self) -> int:
+        """The number of the run's last step."""
+        return self.steps if self.stop_after is None else self.stop_after
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

@@ -151,16 +151,17 @@ def _run(
     """Steps to the end. Metrics are read when the next step has begun, so as not to wait."""
     first = int(state.step)
     placed = batch_sharding(mesh)
-    recipe = dataclasses.replace(config, output="")  # where it is written compiles nothing anew
+    # Where it is written, and when it ends, compiles nothing anew.
+    recipe, last = dataclasses.replace(config, output="", stop_after=None), config.last_step
     loud = progress and jax.process_index() == 0
     with (
         _writer(config) as write,
-        tqdm(total=config.steps, initial=first, unit="step", disable=not loud) as bar,
+        tqdm(total=last, initial=first, unit="step", disable=not loud) as bar,
     ):
-        for step in range(first + 1, config.steps + 1):
+        for step in range(first + 1, last + 1):
             batch = _place(next(loader), placed)
             state, metrics = train_step(recipe, model, state, batch)
-            if step % config.log_every == 0 or step == config.steps:
+            if step % config.log_every == 0 or step == last:
                 values = {name: float(value) for name, value in metrics.items()}
                 if not np.isfinite(values["loss"]):
                     raise FloatingPointError(
@@ -169,7 +170,7 @@ def _run(
                 write(step, values)
                 bar.set_postfix({k: f"{values[k]:.4g}" for k in ("loss", "iou")}, refresh=False)
             bar.update()
-            if step % config.checkpoint_every == 0 or step == config.steps:
+            if step % config.checkpoint_every == 0 or step == last:
                 checkpoints.save(step, state, loader.get_state())
     return state
 

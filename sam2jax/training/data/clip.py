@@ -38,3 +38,12 @@ def pad_objects(frames: np.ndarray, masks: np.ndarray, max_objects: int) -> Clip
         masks=np.pad(found, ((0, 0), (0, missing), (0, 0), (0, 0))),
         objects=np.arange(max_objects) < found.shape[1],
     )
+
+
+def middle(mask: np.ndarray) -> tuple[float, float]:
+    """(x, y) of the pixel farthest from the outside of a mask [H, W] that is not empty."""
+    import scipy.ndimage
+
+    depth = scipy.ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    row, column = np.unravel_index(np.argmax(depth), mask.shape)
+    return float(column), float(row)

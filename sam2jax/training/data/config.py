@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 from sam2jax.config import SAM2Config
 
 KINDS = ("plain", "occluded", "distractor")  # of procedural clips
+HARD = "hard"  # occluded, with a distractor: not drawn unless asked for
 
 _T = TypeVar("_T")
 
@@ -44,13 +45,14 @@ class SceneConfig:
     kinds: tuple[str, ...] = KINDS  # seeds take them in turn
     min_area: float = 0.01  # of an object in the first frame, as a share of the frame
     max_area: float = 0.2
-    hidden_frames: int = 8  # how long the target of an `occluded` clip is out of sight, at least
+    hidden_frames: int = 8  # how long an `occluded` target is out of sight, at least
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_objects <= 100:
             raise ValueError(f"num_objects must be 1 to 100, got {self.num_objects}.")
-        if not self.kinds or not set(self.kinds) <= set(KINDS):
-            raise ValueError(f"kinds must be some of {', '.join(KINDS)}, got {list(self.kinds)}.")
+        known = (*KINDS, HARD)
+        if not self.kinds or not set(self.kinds) <= set(known):
+            raise ValueError(f"kinds must be some of {', '.join(known)}, got {list(self.kinds)}.")
         if not 0 < self.min_area < self.max_area <= 0.5:
             raise ValueError(
                 "areas must be 0 < min_area < max_area <= 0.5 of the frame, got "

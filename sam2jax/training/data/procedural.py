@@ -15,7 +15,7 @@ import numpy as np
 from sam2jax.training.data import motion, shapes, textures
 from sam2jax.training.data.clip import Clip
 from sam2jax.training.data.config import SceneConfig
-from sam2jax.training.data.scene import Layer, Scene, plan_scene
+from sam2jax.training.data.scene import Layer, Scene, hides, plan_scene
 
 _ATTEMPTS = 100  # scenes drawn before a configuration is called impossible
 _RIM = 0.2  # width of the shade along an outline, in radii
@@ -90,7 +90,7 @@ def _goes_well(config: SceneConfig, kind: str, masks: np.ndarray) -> bool:
         return True
     seen = np.any(masks, axis=(2, 3))
     absences = [longest_absence(seen[:, i]) for i in range(seen.shape[1])]
-    if kind != "occluded":
+    if not hides(kind):
         return max(length for length, _ in absences) < hidden
     length, end = absences[0]
     shares = masks[end:, 0].sum((1, 2)) / masks[0, 0].size

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sam2jax.training.data import motion, shapes
-from sam2jax.training.data.config import SceneConfig
+from sam2jax.training.data.config import HARD, SceneConfig
 
 _REACH = 1.5  # a bend of amplitude a moves points by up to sqrt(2) a
 _FREE_TRIES = 24  # random places of which the one with most room is taken
@@ -50,28 +50,35 @@ def plan_scene(config: SceneConfig, kind: str, rng: np.random.Generator, num_fra
 
     In an `occluded` scene the target goes out of sight for `hidden_frames` and returns: behind
     something larger, or over the frame's edge. In a `distractor` scene a layer that is not
-    annotated shares the target's texture and nearly its shape, and is drawn toward it.
+    annotated shares the target's texture and nearly its shape, and is drawn toward it. In a
+    `hard` scene there are both.
     """
-    hidden = config.hidden_in(num_frames)
-    roles = [_draw_object(config, rng, num_frames, small=kind == "occluded", texture=0)]
-    if kind == "occluded" and hidden:
+    hidden = config.hidden_in(num_frames) if hides(kind) else 0
+    roles = [_draw_object(config, rng, num_frames, small=hides(kind), texture=0)]
+    if hidden:
         leave = rng.random() < 0.5
         roles = (_exit if leave else _cover)(roles[0], rng, hidden)
-    elif kind == "distractor":
-        roles = _add_twin(roles[0], rng)
     else:
         roles = [_move(roles[0], rng, [])]
+    covered = len(roles) > 1
+    if kind in ("distractor", HARD):
+        roles.append(_twin(roles[0], rng))
     extras = len(roles) - 1
     for i in range(1, config.num_objects):
         found = _draw_object(config, rng, num_frames, small=False, texture=extras + i)
         roles.append(_move(found, rng, roles))
     order = np.argsort(rng.random(len(roles))).tolist()
-    if kind == "occluded" and extras:  # what covers the target is nearer
+    if covered:  # what covers the target is nearer
         target, cover = order.index(0), order.index(1)
         if cover < target:
             order[cover], order[target] = 0, 1
     annotated = [0, *range(extras + 1, len(roles))]
     return Scene(tuple(roles[i] for i in order), tuple(order.index(i) for i in annotated))
+
+
+def hides(kind: str) -> bool:
+    """Whether the target of such a scene goes out of sight."""
+    return kind in ("occluded", HARD)
 
 
 def _draw_object(
@@ -164,10 +171,9 @@ def _cover(layer: Layer, rng: np.random.Generator, hidden: int) -> list[Layer]:
     return [layer._replace(path=middle + share * offset), cover]
 
 
-def _add_twin(layer: Layer, rng: np.random.Generator) -> list[Layer]:
-    """The target and a layer that is hard to tell from it."""
+def _twin(layer: Layer, rng: np.random.Generator) -> Layer:
+    """A layer that is hard to tell from a given one, and comes near it."""
     num_frames = len(layer.path)
-    layer = _move(layer, rng, [])
     twin = layer._replace(
         field=shapes.vary(layer.field, rng),
         angle=motion.turning(rng, num_frames, step=0.8),
@@ -176,4 +182,4 @@ def _add_twin(layer: Layer, rng: np.random.Generator) -> list[Layer]:
         offset=rng.random(2),
     )
     start = _free_place(rng, twin, [layer])
-    return [layer, twin._replace(path=motion.wander(rng, num_frames, start, toward=layer.path))]
+    return twin._replace(path=motion.wander(rng, num_frames, start, toward=layer.path))

@@ -1,0 +1,57 @@
+"""The model that ships, trained from scratch.
+
+python -m benchmarks.nano [--stages image clips ...] [--ship]
+
+Runs the stages one after another, each from the model of the one before, in runs/nano; a stage
+that was stopped goes on where it was. --ship stores the last one's model in the package, in
+bfloat16. What is printed on the way is kept beside the models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import subprocess
+import sys
+
+from sam2jax.config import NANO
+from sam2jax.convert import convert
+from sam2jax.io.checkpoints import WEIGHTS
+from sam2jax.training.config import read_config
+from sam2jax.training.loop import CHECKPOINTS, MODEL_FILE
+
+HERE = pathlib.Path(__file__).parent
+STAGES = ("image", "clips")
+
+
+def run(stage: str) -> pathlib.Path:
+    """Trains a stage, or what is left of it; returns its model."""
+    path = HERE / f"{stage}.toml"
+    output = pathlib.Path(read_config(path).output)
+    model = output / MODEL_FILE
+    if not model.exists():
+        started = any((output / CHECKPOINTS).glob("[0-9]*"))
+        output.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "sam2jax", "train", "--config", str(path), "-q"]
+        with open(output / "log.txt", "a") as log:
+            subprocess.run(
+                command + ["--resume"] * started, stdout=log, stderr=subprocess.STDOUT, check=True
+            )
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--ship", action="store_true", help="store the model in the package")
+    given = parser.parse_args()
+    for stage in given.stages:
+        model = run(stage)
+        print(f"{stage}: {model}", flush=True)
+    if given.ship:
+        shipped = WEIGHTS / f"{NANO.name}.safetensors"
+        print(convert(model, shipped, dtype="bfloat16"), shipped, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
