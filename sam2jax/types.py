@@ -61,6 +61,8 @@ class MemoryRead(struct.PyTreeNode):
     pointer_position: Array  # [Q] float32, signed distance in time, in units of the longest
     pointer_frame: Array  # [Q] int32 frame index, EMPTY past the valid ones
     num_pointers: Array  # [] int32
+    spatial_scale: Array | None = None  # [K] float32, of the keys; None: 1
+    pointer_scale: Array | None = None  # [Q] float32
 
 
 class FrameMemory(struct.PyTreeNode):
@@ -73,6 +75,24 @@ class FrameMemory(struct.PyTreeNode):
     object_score: Array  # [] float32 logit
 
 
+class Explanation(struct.PyTreeNode):
+    """How the answer on one frame came about (leading [T] after `track`).
+
+    K, Q, L: spatial memories and pointers that are read, and layers of the memory attention. Slots
+    are those of `memory_frames` and `pointer_frames` in `FrameOutput`.
+    """
+
+    tpos: Array  # [N, K] int32, temporal position of each memory
+    mass: Array  # [N, L, K] share of the attention that each memory received
+    pointer_mass: Array  # [N, L, Q] that each pointer received
+    maps: Array  # [N, K, S/16, S/16] the same by place, mean of the layers
+    masks: Array  # [N, 1 + M, S/4, S/4] the decoder's candidates: the single mask, the alternatives
+    ious: Array  # [N, 1 + M] predicted IoUs of them
+    chosen: Array  # [N] int32, the alternative that the policy took, from 0
+    lineage: Array  # [N] int32, the lineage before that it went on from
+    carried: Any  # the policy's own state after the frame, with a leading [N]
+
+
 class FrameOutput(struct.PyTreeNode):
     """The answer on one frame (leading [T] after `track`)."""
 
@@ -81,6 +101,7 @@ class FrameOutput(struct.PyTreeNode):
     object_score: Array  # [N] float32 logit, above 0: the object is in the frame
     memory_frames: Array  # [N, K] int32, frames whose spatial memory was read (EMPTY: none)
     pointer_frames: Array  # [N, Q] int32, frames whose object pointer was read (EMPTY: none)
+    explanation: Explanation | None = None  # on request
 
 
 class Prompts(struct.PyTreeNode):

@@ -10,6 +10,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # PyTorch's idle threads le
 import jax
 import pytest
 
+from sam2jax.config import NANO, VARIANTS
+
+PUBLISHED = [name for name in VARIANTS if name != NANO.name]  # by Meta
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ORACLE_PACKAGES = ("torch", "torchvision", "sam2", "scipy", "transformers", "hypothesis")
 

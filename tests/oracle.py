@@ -174,12 +174,16 @@ def construct_official(config: SAM2Config, apply_postprocessing: bool) -> SAM2Vi
 
 def prepare(model: SAM2VideoPredictor, seed: int) -> SAM2VideoPredictor:
     """Fills a model with live weights and readies it for inference on the CPU."""
-    model.load_state_dict(
-        {
-            name: torch.from_numpy(draw(name, tuple(tensor.shape), seed))
-            for name, tensor in model.state_dict().items()
-        }
-    )
+    drawn = {
+        name: torch.from_numpy(draw(name, tuple(tensor.shape), seed))
+        for name, tensor in model.state_dict().items()
+    }
+    return filled(model, drawn)
+
+
+def filled(model: SAM2VideoPredictor, state: dict[str, torch.Tensor]) -> SAM2VideoPredictor:
+    """Fills a model with a whole state dict and readies it for inference on the CPU."""
+    model.load_state_dict(state)
     model.memory_attention.register_forward_pre_hook(_cast_memory, with_kwargs=True)
     return model.eval().requires_grad_(False)
 

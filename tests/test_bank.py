@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam2jax.memory import bank as bank_ops
+from sam2jax.memory import official as rule
+from sam2jax.memory.bank import empty
 from sam2jax.testing import small_config
 from sam2jax.types import EMPTY, FrameMemory
 
@@ -68,16 +69,16 @@ def test_reads_equal_an_unbounded_history(sign, stride, most):
         CONFIG, memory_temporal_stride_for_eval=stride, max_cond_frames_in_attn=most
     )
     num_frames, cond = 40, [12, 30, 20, 5, 21]
-    bank = bank_ops.empty(config, len(cond))
+    bank = empty(config, len(cond))
     direction = jnp.int32(sign)
 
     @jax.jit
     def read(bank, frame):
-        return bank_ops.read(config, bank, frame, direction, jnp.int32(num_frames))
+        return rule.read(config, bank, frame, direction, jnp.int32(num_frames))
 
     @jax.jit
     def write(bank, memory, conditioning):
-        return bank_ops.write(
+        return rule.write(
             config, bank, memory, direction, conditioning=conditioning, recent=~conditioning
         )
 
@@ -102,7 +103,7 @@ def test_reads_equal_an_unbounded_history(sign, stride, most):
 
 
 def write(bank, frame, *, conditioning):
-    return bank_ops.write(
+    return rule.write(
         CONFIG,
         bank,
         remember(frame),
@@ -113,7 +114,7 @@ def write(bank, frame, *, conditioning):
 
 
 def test_tracked_frames_never_evict_a_conditioning_frame():
-    bank = write(bank_ops.empty(CONFIG, 2), 0, conditioning=True)
+    bank = write(empty(CONFIG, 2), 0, conditioning=True)
     for frame in range(1, 60):
         bank = write(bank, frame, conditioning=False)
     assert bank.cond_frame.tolist() == [0, EMPTY]
@@ -122,14 +123,14 @@ def test_tracked_frames_never_evict_a_conditioning_frame():
 
 
 def test_a_full_bank_gives_up_the_furthest_conditioning_frame():
-    bank = bank_ops.empty(CONFIG, 2)
+    bank = empty(CONFIG, 2)
     for frame in (10, 40, 50):
         bank = write(bank, frame, conditioning=True)
     assert sorted(bank.cond_frame.tolist()) == [40, 50]
 
 
 def test_a_frame_replaces_itself_and_is_held_once():
-    bank = write(bank_ops.empty(CONFIG, 2), 0, conditioning=True)
+    bank = write(empty(CONFIG, 2), 0, conditioning=True)
     bank = write(bank, 1, conditioning=False)
     bank = write(bank, 1, conditioning=False)
     assert bank.recent_frame.tolist().count(1) == 1
@@ -140,10 +141,10 @@ def test_a_frame_replaces_itself_and_is_held_once():
 
 
 def test_pointer_distances_follow_the_length_of_a_short_clip():
-    bank = write(bank_ops.empty(CONFIG, 1), 0, conditioning=True)
+    bank = write(empty(CONFIG, 1), 0, conditioning=True)
     for frame in range(1, 6):
         bank = write(bank, frame, conditioning=False)
-    read = bank_ops.read(CONFIG, bank, jnp.int32(6), jnp.int32(1), jnp.int32(5))
+    read = rule.read(CONFIG, bank, jnp.int32(6), jnp.int32(1), jnp.int32(5))
     count = int(read.num_pointers)
     # Four frames back at most, and the conditioning frame whatever its distance.
     assert read.pointer_frame[:count].tolist() == [0, 5, 4, 3, 2]
@@ -154,10 +155,10 @@ def test_what_is_read_does_not_depend_on_the_order_of_writing():
     """Not even in its order, so that answers are the same to the last bit."""
 
     def filled(order):
-        bank = bank_ops.empty(CONFIG, 4)
+        bank = empty(CONFIG, 4)
         for index, conditioning in order:
             bank = write(bank, index, conditioning=conditioning)
-        return bank_ops.read(CONFIG, bank, jnp.int32(9), jnp.int32(1), jnp.int32(16))
+        return rule.read(CONFIG, bank, jnp.int32(9), jnp.int32(1), jnp.int32(16))
 
     frames = [(0, True), (5, True), (4, False), (6, False), (7, False), (8, False)]
     chex.assert_trees_all_equal(filled(frames), filled(frames[:2][::-1] + frames[2:][::-1]))

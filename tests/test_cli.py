@@ -23,6 +23,7 @@ from sam2jax.config import HieraConfig, MemoryAttentionConfig
 from sam2jax.convert import layouts
 from sam2jax.io.video import open_video
 from sam2jax.loading import load
+from sam2jax.memory import SAM2
 from sam2jax.testing import draw, small_config
 from tests.clips import number, write_clip, write_folder
 from tests.conftest import ROOT
@@ -193,15 +194,15 @@ def fake_tracker(monkeypatch):
     """A tracker that answers with the brightness of its frame, and notes how it was called."""
     calls = []
 
-    def init_state(model, num_objects, *, num_frames, max_cond_frames, frame_index):
+    def init_state(model, num_objects, *, num_frames, max_cond_frames, frame_index, policy):
         calls.append(("init", num_objects, num_frames, max_cond_frames, frame_index))
         return frame_index
 
-    def condition(model, params, state, frame, prompts, frame_index):
+    def condition(model, params, state, frame, prompts, frame_index, *, policy):
         calls.append(("condition", number(np.asarray(frame)), frame_index, prompts is not None))
         return state
 
-    def step(model, params, state, frame, prompts, *, reverse):
+    def step(model, params, state, frame, prompts, *, reverse, policy):
         calls.append(("step", number(np.asarray(frame)), state, prompts is not None))
         row = jnp.where(jnp.arange(16) <= state, 1.0, -1.0)
         masks = jnp.broadcast_to(row[None, :, None], (2, 16, 16))
@@ -219,7 +220,7 @@ def test_results_come_in_order_of_time(tmp_path, fake_tracker, reverse, original
     video = open_video(write_clip(tmp_path / "clip.mp4", height=16, width=16), 32)
     prompts = to_prompts(read_prompts(["1,2:3", "1,2@2:8"]), {}, (1, 1))
     shown = []
-    job = loop.Job(None, None, video, prompts, reverse)
+    job = loop.Job(None, None, video, prompts, SAM2, reverse)
     results = list(loop.run(job, original=original, bar=lambda it: shown.append(1) or it))
     assert [result.index for result in results] == list(range(12)) and shown == [1]
     tracked = range(9) if reverse else range(3, 12)
@@ -269,6 +270,27 @@ def test_track(tmp_path, sam2jax_cli, checkpoint):
         assert (logits > 0).any() and (logits < 0).any()
         with Image.open(f"masks/{frame.index:05d}.png") as image:
             np.testing.assert_array_equal(np.asarray(image) == 1, logits > 0)
+
+
+def test_track_with_another_policy(tmp_path, sam2jax_cli, checkpoint):
+    frames = write_folder(tmp_path / "frames", [f"{i:05d}.png" for i in range(4)])
+    given = ["track", frames, "--checkpoint", checkpoint, "--point", "20,30", "-q"]
+    for policy in ("samurai:alpha=0.15,stable_frames=2", "sam2long:lineages=2"):
+        result = sam2jax_cli(*given, "--masks", "masks.npz", "--policy", policy)
+        assert result.exit_code == 0, result.output
+        with np.load("masks.npz") as masks:
+            assert len(masks.files) >= 4
+        os.remove("masks.npz")
+    for policy, message in (
+        ("nothing", "there are sam2, sam3_score"),
+        ("samurai:beta=1", "alpha"),
+        ("samurai:alpha", "alpha"),
+        ("samurai:alpha=x", "alpha"),
+        ("sam2long:lineages=0", "lineages"),
+    ):
+        result = sam2jax_cli(*given, "--masks", "masks.npz", "--policy", policy)
+        assert result.exit_code == 2 and message in result.output, result.output
+        assert os.listdir() == []
 
 
 def test_failure_half_way_leaves_nothing_behind(tmp_path, sam2jax_cli, checkpoint):

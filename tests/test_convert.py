@@ -18,9 +18,7 @@ from sam2jax.convert.__main__ import main
 from sam2jax.convert.rules import OFFICIAL, Rule, move_axes, rename, shorten
 from sam2jax.convert.verify import largest_difference
 from sam2jax.testing import draw, small_config
-from tests.conftest import ROOT
-
-PUBLISHED = [name for name in VARIANTS if name != NANO.name]
+from tests.conftest import PUBLISHED, ROOT
 
 GOLDEN = json.loads((ROOT / "tests/goldens/checkpoint_keys.json").read_text())
 # `transformers` fixes the memory's width.

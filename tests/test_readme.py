@@ -1,4 +1,4 @@
-"""Every snippet of the README runs, in order, on a small model under the official file's name."""
+"""Every snippet of the README and the guides runs, in order, on small models."""
 
 import re
 import shlex
@@ -13,6 +13,7 @@ from sam2jax.cli import app
 from sam2jax.config import HieraConfig, MemoryAttentionConfig
 from sam2jax.io.masks import davis_palette
 from sam2jax.io.writer import VideoWriter
+from sam2jax.memory import POLICIES
 from sam2jax.testing import random_params, small_config
 from tests.conftest import ROOT
 
@@ -100,8 +101,8 @@ def test_other_commands_are_those_that_ci_runs_or_modules_that_exist():
     checks = (ROOT / ".ci/run").read_text()
     for line in COMMANDS:
         if line.startswith("python -m "):
-            module = line.split()[2]
-            assert (ROOT / (module.replace(".", "/") + ".py")).exists()
+            module = ROOT / line.split()[2].replace(".", "/")
+            assert module.with_suffix(".py").exists() or (module / "__main__.py").exists()
         elif not line.startswith("sam2jax "):
             assert line in checks
 
@@ -113,3 +114,30 @@ def test_python(folder, monkeypatch):
     assert names["masks"].shape == (3, 2, 360, 400)
     assert names["saliency"].shape == (3, 64, 64, 3) and np.abs(names["saliency"]).max() > 0
     assert names["out"].masks.shape == (2, 3, 2, 16, 16)
+
+
+def python_in(text: str) -> str:
+    return "".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+
+
+def test_the_guide_to_policies(folder, monkeypatch):
+    """Its own policy reads what it says, and is short."""
+    monkeypatch.chdir(folder)
+    text = (ROOT / "docs/policies.md").read_text()
+    assert text.count("```python") == text.count("```") / 2
+    code = python_in(text)
+    names: dict = {}
+    exec(compile(code, "docs/policies.md", "exec"), names)
+    assert names["together"].shape[:3] == (3, 3, 1)
+    assert names["out"].masks.shape == (3, 1, 64, 64)
+    own = code[code.index("def read(") : code.index("diverse =")]
+    assert len(own.splitlines()) < 60
+    assert set(re.findall(r"^\| `(\w+)`", text, flags=re.MULTILINE)) == set(POLICIES)
+    # Alike frames replace one another: of a still picture one is held beside the prompted one.
+    still = np.repeat(names["frames"][:1], 6, axis=0)
+    for threshold, held in ((-1.0, 1), (2.0, 5)):
+        policy = names["diverse"].replace(settings=np.float32(threshold))
+        state, _ = sam2jax.track(
+            names["model"], names["params"], still, names["prompts"], policy=policy
+        )
+        assert int((state.bank.recent_frame >= 0).sum()) == held

@@ -14,7 +14,8 @@ from sam2jax.io.video import Frame, Video
 
 if TYPE_CHECKING:
     from sam2jax.io.stream import Stream
-    from sam2jax.types import Prompts
+    from sam2jax.memory import MemoryPolicy
+    from sam2jax.types import FrameOutput, Prompts
 
 
 Bar: TypeAlias = Callable[[Iterable[Any]], Iterable[Any]]
@@ -25,9 +26,11 @@ class Job(NamedTuple):
 
     model: Any
     params: Any
-    video: Video  # opened with the model's image size
+    video: Any  # a Video or a Stream, opened with the model's image size
     prompts: dict[int, Prompts]  # by frame, in pixels of the resized frames
+    policy: MemoryPolicy
     reverse: bool
+    watch: Callable[[int, FrameOutput], None] | None = None  # is told of each frame's answer
 
     @property
     def indices(self) -> range:
@@ -61,24 +64,14 @@ def run(job: Job, *, original: bool, bar: Bar) -> Iterator[Result]:
         yield Result(frame.index, frame.original, masks)
 
 
-def run_stream(
-    model: Any,
-    params: Any,
-    stream: Stream,
-    prompts: dict[int, Prompts],
-    *,
-    original: bool,
-    bar: Bar,
-) -> Iterator[Result]:
+def run_stream(job: Job, *, original: bool, bar: Bar) -> Iterator[Result]:
     """Tracks a live stream, and yields every frame with its masks before the next is waited for.
 
     Nothing lies ahead: an object is there from its first prompt on, and empty before. Prompts on
     frames that never come are not used.
 
     Args:
-        model, params: as in `Job`.
-        stream: opened with the model's image size.
-        prompts: by frame, in pixels of the resized frames.
+        job: what to do, on a stream.
         original: whether the original-size frames are wanted.
         bar: wraps the iterator over frames, to show progress.
     """
@@ -86,6 +79,7 @@ def run_stream(
 
     import sam2jax
 
+    model, params, stream, prompts, policy, *_ = job
     first = min(prompts)
     state = sam2jax.init_state(
         model,
@@ -93,13 +87,16 @@ def run_stream(
         num_frames=None,
         max_cond_frames=len(prompts),
         frame_index=first,
+        policy=policy,
     )
     answer = _answer(stream)
     for frame in bar(stream.frames(original=original)):
         masks = None
         if frame.index >= first:
             image = jnp.asarray(frame.image)
-            state, output = sam2jax.step(model, params, state, image, prompts.get(frame.index))
+            state, output = sam2jax.step(
+                model, params, state, image, prompts.get(frame.index), policy=policy
+            )
             masks = np.asarray(answer(output.masks))
         yield Result(frame.index, frame.original, masks)
 
@@ -131,7 +128,7 @@ def _track(job: Job, original: bool) -> Iterator[tuple[Frame, np.ndarray]]:
 
     import sam2jax
 
-    model, params, video, prompts, reverse = job
+    model, params, video, prompts, policy, reverse, watch = job
     order = sorted(prompts, reverse=reverse)
     num_objects = prompts[order[0]].num_objects
     state = sam2jax.init_state(
@@ -140,11 +137,11 @@ def _track(job: Job, original: bool) -> Iterator[tuple[Frame, np.ndarray]]:
         num_frames=len(video),
         max_cond_frames=len(order),
         frame_index=order[0],
+        policy=policy,
     )
     for index in order[1:]:
-        state = sam2jax.condition(
-            model, params, state, jnp.asarray(_prompted(video, index)), prompts[index], index
-        )
+        ahead = jnp.asarray(_prompted(video, index))
+        state = sam2jax.condition(model, params, state, ahead, prompts[index], index, policy=policy)
     answer = _answer(video)
     # Results are read one frame late, so that the next one is decoded while they are computed.
     waiting: tuple[Frame, Any] | None = None
@@ -157,7 +154,11 @@ def _track(job: Job, original: bool) -> Iterator[tuple[Frame, np.ndarray]]:
             jnp.asarray(frame.image),
             prompts.get(frame.index),
             reverse=reverse,
+            policy=policy,
+            **({} if watch is None else {"explain": True}),
         )
+        if watch is not None:
+            watch(frame.index, output)
         masks = answer(output.masks)
         if waiting is not None:
             yield waiting[0], np.asarray(waiting[1])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import inspect
+import json
 import os
 import pathlib
 import signal
@@ -66,3 +68,25 @@ def load_model(
         dtype=dtype.value,
         apply_postprocessing=apply_postprocessing,
     )
+
+
+def read_policy(text: str) -> Any:
+    """A memory policy from `name` or `name:setting=value,...`.
+
+    Raises:
+      ValueError: there is no such policy, or it has no such setting.
+    """
+    from sam2jax.memory import POLICIES
+
+    name, _, settings = text.partition(":")
+    if name not in POLICIES:
+        raise ValueError(f"there is no policy {name!r}; there are {', '.join(POLICIES)}.")
+    try:
+        pairs = [entry.split("=") for entry in settings.split(",") if entry]
+        given = {key.strip(): json.loads(value) for key, value in pairs}
+        return POLICIES[name](**given)
+    except (ValueError, TypeError) as error:
+        known = ", ".join(inspect.signature(POLICIES[name]).parameters)
+        raise ValueError(
+            f"--policy {text!r}: expected {name}:setting=number,... with settings among {known}."
+        ) from error

@@ -22,13 +22,12 @@ from sam2jax.cli.prompts import (
     read_prompts,
     to_prompts,
 )
-from sam2jax.cli.session import DType, errors_told, load_model
+from sam2jax.cli.session import DType, errors_told, load_model, read_policy
 
 if TYPE_CHECKING:
-    from sam2jax.cli.loop import Result
+    from sam2jax.cli.loop import Job, Result
     from sam2jax.io.stream import Stream
     from sam2jax.io.video import Video
-    from sam2jax.types import Prompts
 
 # As tqdm's own, but slow runs show frames per second too, not seconds per frame.
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
@@ -85,6 +84,19 @@ def track(
             help="Whether to do as the official builders: fill holes, pick stable masks.",
         ),
     ] = True,
+    policy: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[:SETTING=VALUE,...]",
+            help="What is remembered: sam2, sam3_score, samurai, dam4sam, rcms or sam2long.",
+        ),
+    ] = "sam2",
+    explain: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            metavar="OUT.png", help="A picture of what was attended to: memories by frames, maps."
+        ),
+    ] = None,
     raw: Annotated[
         str | None,
         typer.Option(
@@ -120,45 +132,50 @@ def track(
     """
     with errors_told(), contextlib.ExitStack() as stack:
         table = read_prompts(point or (), box or (), mask or (), prompts)
+        chosen = read_policy(policy)
         clip = _open(stack, video, table, raw, reverse)
+        if explain is not None and not hasattr(clip, "__len__"):
+            raise ValueError("--explain draws a whole video, and a live stream has no end.")
         mask_prompts = read_masks(table, clip.height, clip.width)
         sinks = _open_sinks(stack, clip, table, out, masks)
         _refuse_overwriting(video, out)
         model, params = _load(checkpoint, image_size, dtype, apply_postprocessing)
 
+        from sam2jax.cli.explain import Explainer
+        from sam2jax.cli.loop import Job
+
         size = clip.size = model.config.image_size
         scale = (size / clip.width, size / clip.height)
         given = to_prompts(table, mask_prompts, scale)
-        for result in _run(model, params, clip, given, reverse, out is not None, quiet):
+        job = Job(model, params, clip, given, chosen, reverse)
+        explainer = None
+        if explain is not None:
+            explainer = Explainer(explain, table.object_ids, job.indices)
+            job = job._replace(watch=explainer.watch)
+        for result in _run(job, out is not None, quiet):
             for sink in sinks:
                 sink(result)
+        if explainer is not None:
+            explainer.write(clip)
 
 
-def _run(
-    model: Any,
-    params: Any,
-    clip: Video | Stream,
-    prompts: dict[int, Prompts],
-    reverse: bool,
-    original: bool,
-    quiet: bool,
-) -> Iterator[Result]:
+def _run(job: Job, original: bool, quiet: bool) -> Iterator[Result]:
     """Results in order of time, with a bar that shows how far they have come."""
-    from sam2jax.cli.loop import Job, run, run_stream
+    from sam2jax.cli.loop import run, run_stream
     from sam2jax.io.video import Video
 
+    clip = job.video
     if isinstance(clip, Video):
-        job = Job(model, params, clip, prompts, reverse)
         bar = functools.partial(
             tqdm, total=len(job.indices), unit=" frames", bar_format=_BAR, disable=quiet
         )
         yield from run(job, original=original, bar=bar)
         return
     bar = functools.partial(tqdm, unit=" frames", bar_format=_ENDLESS_BAR, disable=quiet)
-    yield from run_stream(model, params, clip, prompts, original=original, bar=bar)
+    yield from run_stream(job, original=original, bar=bar)
     if clip.lost is not None:
         typer.echo(f"warning: {clip.lost}", err=True)
-    missed = [str(frame) for frame in sorted(prompts) if frame >= clip.num_taken]
+    missed = [str(frame) for frame in sorted(job.prompts) if frame >= clip.num_taken]
     if missed:
         typer.echo(
             f"warning: there is a prompt on frame {', '.join(missed)}, but the stream ended after "

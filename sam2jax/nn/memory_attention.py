@@ -10,11 +10,13 @@ from jax import lax
 
 from sam2jax.config import SAM2Config
 from sam2jax.nn.layers import LayerNorm, Linear, Projection, dropout, fold_heads
-from sam2jax.ops.attention import attention
-from sam2jax.ops.linear import linear
+from sam2jax.ops.attention import MASKED, attention
+from sam2jax.ops.linear import einsum, linear
 from sam2jax.ops.position import sine_2d
 from sam2jax.ops.rope import rope_table, rotate, split_pairs
 from sam2jax.types import Array
+
+WATCHED = "watched"  # the collection that holds what memories received, on request
 
 
 class MemoryTokens(struct.PyTreeNode):
@@ -35,12 +37,19 @@ class MemoryTokens(struct.PyTreeNode):
         pointers: Array,  # [N, Q, D]
         pointer_position: Array,  # [N, Q, D]
         num_pointers: Array,  # [N] int32, valid tokens
+        spatial_scale: Array | None = None,  # [N, K] of keys
+        pointer_scale: Array | None = None,  # [N, Q] of keys
     ) -> MemoryTokens:
         count, slots, cells, width = spatial.shape
         spatial_length = num_spatial * cells
+        spatial_keys, pointer_keys = spatial + spatial_position, pointers + pointer_position
+        if spatial_scale is not None:
+            spatial_keys = spatial_keys * spatial_scale[:, :, None, None]
+        if pointer_scale is not None:
+            pointer_keys = pointer_keys * pointer_scale[:, :, None]
         return cls(
-            spatial_keys=spatial + spatial_position,
-            pointer_keys=pointers + pointer_position,
+            spatial_keys=spatial_keys,
+            pointer_keys=pointer_keys,
             values=place_after(
                 spatial.reshape(count, slots * cells, width).astype(pointers.dtype),
                 pointers,
@@ -108,16 +117,53 @@ class RoPEAttention(nn.Module):
         )
 
     def attend_memory(self, x: Array, memory: MemoryTokens) -> Array:
-        """[N, HW, C] -> [N, HW, C]. Pointers' keys are not rotated."""
+        """[N, HW, C] -> [N, HW, C]. Pointers' keys are not rotated.
+
+        Where the collection WATCHED is mutable, it is told what the memories received.
+        """
+        query = self._rotated(x, self.q_proj)
         keys = self._rotated(memory.spatial_keys, self.k_proj)
-        keys = keys.reshape(keys.shape[0], -1, keys.shape[-1])
         pointers = self._projected(memory.pointer_keys, self.k_proj)
+        if self.is_mutable_collection(WATCHED) and not self.is_initializing():
+            self.sow(WATCHED, "mass", self._mass(query, keys, pointers, memory))
+        keys = keys.reshape(keys.shape[0], -1, keys.shape[-1])
         return self._attend(
-            self._rotated(x, self.q_proj),
+            query,
             place_after(keys, pointers, memory.spatial_length),
             memory.values,
             memory.length,
         )
+
+    def _mass(
+        self, query: Array, keys: Array, pointers: Array, memory: MemoryTokens
+    ) -> tuple[Array, Array]:
+        """The share of each cell's attention that each memory has: [N, K, HW], and of each pointer:
+        [N, Q, HW]. Computed a memory at a time, as the weights of all would not fit."""
+        heads = self.config.memory_attention.num_heads
+        query = query.reshape(*query.shape[:-1], heads, -1)
+        factor = query.shape[-1] ** -0.5
+
+        def received(key: Array, valid: Array) -> Array:
+            """Logarithm of the summed weights of keys [N, M, C]: [N, heads, HW]."""
+            key = key.reshape(*key.shape[:-1], heads, -1)
+            scores = einsum("bthd,bmhd->bhtm", query, key) * factor
+            scores = jnp.where(valid[:, None, None], scores, MASKED)
+            return jax.nn.logsumexp(scores, axis=-1)
+
+        slots, cells = keys.shape[1:3]
+        starts = jnp.arange(slots, dtype=jnp.int32) * cells
+        valid = starts[:, None, None] < memory.spatial_length[None, :, None]
+        spatial = jax.lax.map(lambda item: received(*item), (jnp.moveaxis(keys, 1, 0), valid))
+        pieces = self.config.pointer_tokens
+        grouped = jnp.moveaxis(
+            pointers.reshape(len(pointers), -1, pieces, pointers.shape[-1]), 1, 0
+        )
+        starts = jnp.arange(len(grouped), dtype=jnp.int32) * pieces
+        held = (memory.length - memory.spatial_length)[None, :, None]
+        pointed = jax.lax.map(lambda item: received(*item), (grouped, starts[:, None, None] < held))
+        weights = jax.nn.softmax(jnp.concatenate([spatial, pointed]), axis=0)
+        weights = jnp.moveaxis(jnp.mean(weights, axis=2), 0, 1)
+        return weights[:, :slots], weights[:, slots:]
 
 
 def place_after(first: Array, second: Array, length: Array) -> Array:

@@ -82,6 +82,9 @@ class SAM2(nn.Module):
         if config.add_tpos_enc_to_obj_ptrs:
             encoded = self.obj_ptr_tpos_proj(sine_1d(memory.pointer_position, width))
             pointer_position = jnp.repeat(encoded, pieces, axis=1)
+        pointer_scale = memory.pointer_scale
+        if pointer_scale is not None:
+            pointer_scale = jnp.repeat(pointer_scale, pieces, axis=1)
         tokens = MemoryTokens.make(
             memory.spatial,
             spatial_position,
@@ -89,6 +92,8 @@ class SAM2(nn.Module):
             pointers,
             pointer_position,
             memory.num_pointers * pieces,
+            memory.spatial_scale,
+            pointer_scale,
         )
         return self.memory_attention(features, tokens)
 

@@ -70,6 +70,25 @@ def small_regions(region: Array, max_area: int) -> Array:
     return region & small[label]
 
 
+def largest_component(region: Array) -> Array:
+    """The 8-connected component of most pixels, of equal ones the first: [H, W] bool -> bool."""
+    height, width = region.shape
+    index = jnp.arange(1, height * width + 1, dtype=jnp.int32).reshape(height, width)
+
+    def spread(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        label, _ = state
+        new = jnp.where(region, _neighbourhood_max(label), 0)
+        # A label is also a pixel of its component, and may have heard of a greater one.
+        jumped = jnp.where(region, new.reshape(-1)[new - 1], 0)
+        return jumped, jnp.any(jumped != label)
+
+    start = jnp.where(region, index, 0), jnp.any(region)
+    label, _ = jax.lax.while_loop(lambda state: state[1], spread, start)
+    area = jnp.zeros(height * width + 1, jnp.int32).at[label.reshape(-1)].add(1).at[0].set(0)
+    first = jnp.argmax(area[label].reshape(-1))
+    return region & (label == label.reshape(-1)[first])
+
+
 def _neighbourhood_max(x: Array) -> Array:
     """Largest of the 3x3 pixels around each: [H, W]."""
     for axis in (0, 1):

@@ -40,7 +40,7 @@ class SAM2CameraPredictor:
           obj_ids, mask_logits = predictor.track(frame)
     """
 
-    def __init__(self, model: SAM2, params: Any, **options: bool) -> None:
+    def __init__(self, model: SAM2, params: Any, **options: Any) -> None:
         require_memory(model.config)
         self._predictor = SAM2VideoPredictor(model, params, **options)
         self._state: InferenceState | None = None
@@ -143,7 +143,11 @@ class SAM2CameraPredictor:
             return [], np.zeros((0, 1, state.video_height, state.video_width), np.float32)
         if self._run is None or self._run.is_outdated:
             self._run = Propagation(
-                self._predictor.model, self._predictor.params, state, reverse=False
+                self._predictor.model,
+                self._predictor.params,
+                self._predictor.policy,
+                state,
+                reverse=False,
             )
         answer = self._run.advance([state.video.index])[0]
         self._run.remember(answer)

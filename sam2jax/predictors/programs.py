@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from sam2jax.config import SAM2Config
-from sam2jax.memory.bank import MemoryBank, empty, write
+from sam2jax.memory.bank import MemoryBank, empty
+from sam2jax.memory.policy import MemoryPolicy, Now, Seen
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.ops.resize import resize_masks
 from sam2jax.tracking.segment import fit_mask_prompt
@@ -40,20 +41,22 @@ def encode(model: SAM2, params: Any, frames: Array) -> ImageFeatures:
 def answer_prompt(
     model: SAM2,
     params: Any,
+    policy: MemoryPolicy,
     state: TrackState,
     features: ImageFeatures,
     prompts: Prompts,
     direction: Array,
 ) -> Record:
     """One object's answer to a prompt; the state, of that object alone, stays what it is."""
-    _, output, memory = process_frame(model, params, state, features, prompts, direction)
-    return jax.tree.map(lambda x: x[0], Record(masks=output.masks, memory=memory))
+    _, result = process_frame(model, params, state, features, prompts, direction, policy)
+    return jax.tree.map(lambda x: x[0], Record(masks=result.output.masks, memory=result.memory))
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
 def track_frames(
     model: SAM2,
     params: Any,
+    policy: MemoryPolicy,
     state: TrackState,
     features: ImageFeatures,
     busy: Array,
@@ -66,21 +69,23 @@ def track_frames(
 
     Returns the state after the frames, and the answers with leading [K, N].
     """
-    cond_frame = state.bank.cond_frame
 
-    def remembering(state: TrackState, frames: Array) -> TrackState:
+    def with_cond(state: TrackState, frames: Array) -> TrackState:
         return state.replace(bank=state.bank.replace(cond_frame=frames))
 
     def body(state: TrackState, item):
         features, busy = item
         features = jax.tree.map(lambda x: x[None], features)
+        busy = jnp.repeat(busy, policy.lineages)[:, None]
+        before = state.bank.cond_frame
         # An object without conditioning frames is not tracked.
-        state = remembering(state, jnp.where(busy[:, None], cond_frame, EMPTY))
-        state, output, memory = process_frame(model, params, state, features, None, direction)
-        return state, Record(masks=output.masks, memory=memory)
+        state = with_cond(state, jnp.where(busy, before, EMPTY))
+        state, result = process_frame(model, params, state, features, None, direction, policy)
+        state = with_cond(state, jnp.where(busy, state.bank.cond_frame, before))
+        result = result.best(policy.lineages)
+        return state, Record(masks=result.output.masks, memory=result.memory)
 
-    state, records = jax.lax.scan(body, state, (features, busy))
-    return remembering(state, cond_frame), records
+    return jax.lax.scan(body, state, (features, busy))
 
 
 @jax.jit
@@ -101,18 +106,56 @@ def fit_mask(mask: Array, size: int) -> Array:
     return fit_mask_prompt(mask[None], size)[0]
 
 
-empty_bank = jax.jit(empty, static_argnums=(0, 1))
+class Held(struct.PyTreeNode):
+    """What the tracker holds of one object."""
+
+    bank: MemoryBank
+    carried: Any  # the policy's own state
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def nothing_held(config: SAM2Config, policy: MemoryPolicy, room: int) -> Held:
+    """Of an object that was never seen, with room for so many prompted frames."""
+    bank = empty(config, room, policy.room)
+    return Held(bank=bank, carried=policy.init(config, policy.settings, bank))
 
 
 @partial(jax.jit, static_argnums=0)
 def remember(
-    config: SAM2Config, bank: MemoryBank, memory: FrameMemory, direction: Array, conditioning: Array
-) -> MemoryBank:
-    """One object's bank with a frame's memory put in, as a conditioning or a recent one."""
-    return write(config, bank, memory, direction, conditioning=conditioning, recent=~conditioning)
+    config: SAM2Config,
+    policy: MemoryPolicy,
+    held: Held,
+    record: Record,
+    direction: Array,
+    conditioning: Array,
+) -> Held:
+    """With a frame's memory put in, as a conditioning or a recent one.
+
+    What the policy makes of the answer is worked out again; what it made of the decoder's other
+    masks is not known any more.
+    """
+    memory = record.memory
+    now = Now(
+        frame=memory.frame,
+        direction=direction,
+        num_frames=jnp.int32(config.max_obj_ptrs_in_encoder),
+        conditioning=conditioning,
+        recent=~conditioning,
+        multimask=jnp.zeros((), bool),
+    )
+    seen = Seen(
+        alternatives=jnp.broadcast_to(record.masks, (3, *record.masks.shape)),
+        chosen=jnp.int32(0),
+        mask=record.masks,
+        iou=memory.iou,
+        object_score=memory.object_score,
+    )
+    carried, _ = policy.judge(config, policy.settings, held.carried, seen, now)
+    bank, carried = policy.write(config, policy.settings, held.bank, carried, memory, now)
+    return Held(bank=bank, carried=carried)
 
 
-@jax.jit
-def stack(*banks: MemoryBank) -> MemoryBank:
-    """Banks of N objects, with a leading [N]."""
-    return jax.tree.map(lambda *x: jnp.stack(x), *banks)
+@partial(jax.jit, static_argnums=0)
+def stack(lineages: int, *held: Held) -> Held:
+    """Of N objects, each in so many lineages: leading [N * P]."""
+    return jax.tree.map(lambda *x: jnp.repeat(jnp.stack(x), lineages, axis=0), *held)

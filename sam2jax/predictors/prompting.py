@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from sam2jax.config import SAM2Config
+from sam2jax.memory.policy import MemoryPolicy
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.predictors.programs import Record, answer_prompt, fit_mask
 from sam2jax.predictors.propagation import frame_features, stored
@@ -20,6 +21,7 @@ NO_POINTS = np.zeros((0, 2), np.float32), np.zeros(0, np.int32)
 def answer(
     model: SAM2,
     params: Any,
+    policy: MemoryPolicy,
     state: InferenceState,
     history: ObjectHistory,
     frame: int,
@@ -32,6 +34,7 @@ def answer(
 
     Args:
       model, params: from `load`.
+      policy: that memories are kept by.
       state: of the session.
       history: of the object.
       frame: index of the frame.
@@ -50,7 +53,8 @@ def answer(
     record = answer_prompt(
         model,
         params,
-        build_state(model.config, state, [memory], frame, direction, capacity=1),
+        policy,
+        build_state(model.config, policy, state, [memory], frame, direction, capacity=1),
         frame_features(model, params, state, frame),
         _as_prompts(model.config, *points, mask, previous, refine),
         direction,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from sam2jax.memory.policy import MemoryPolicy
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.predictors.programs import Record, at_size, encode, take, track_frames
 from sam2jax.predictors.session import (
@@ -37,8 +38,16 @@ class Propagation:
     remembers at the start, and whenever the session has been changed.
     """
 
-    def __init__(self, model: SAM2, params: Any, state: InferenceState, *, reverse: bool) -> None:
-        self.model, self.params, self.state = model, params, state
+    def __init__(
+        self,
+        model: SAM2,
+        params: Any,
+        policy: MemoryPolicy,
+        state: InferenceState,
+        *,
+        reverse: bool,
+    ) -> None:
+        self.model, self.params, self.policy, self.state = model, params, policy, state
         self.reverse = reverse
         self._direction = np.int32(-1 if reverse else 1)
         self._histories = dict(state.objects)
@@ -101,7 +110,7 @@ class Propagation:
             if frame not in history.cond:
                 history.recent[frame] = stored(record, self.state)
             if self.state.history == "none":
-                history.prune(frame, memory_reach(config))
+                history.prune(frame, memory_reach(config, self.policy))
 
     @property
     def is_outdated(self) -> bool:
@@ -142,6 +151,7 @@ class Propagation:
         if self._tracker is None:
             self._tracker = build_state(
                 self.model.config,
+                self.policy,
                 self.state,
                 list(self._histories.values()),
                 frames[0],
@@ -152,7 +162,7 @@ class Propagation:
         self._tracker = None  # given away; it stays so if what follows is interrupted
         features = self._features(frames)
         self._tracker, records = track_frames(
-            self.model, self.params, tracker, features, busy, self._direction
+            self.model, self.params, self.policy, tracker, features, busy, self._direction
         )
         return records
 

@@ -14,8 +14,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from sam2jax.config import SAM2Config
-from sam2jax.memory.bank import MemoryBank
-from sam2jax.predictors.programs import Record, empty_bank, remember, stack
+from sam2jax.memory.policy import SAM2, MemoryPolicy
+from sam2jax.predictors.programs import Held, Record, nothing_held, remember, stack
 from sam2jax.tracking.state import TrackState
 from sam2jax.types import ImageFeatures
 
@@ -25,6 +25,8 @@ History = Literal["all", "none"]
 OBJECTS, COND_FRAMES = 8, 4
 # Prompted frames of an object that are kept where no history is.
 MOST_COND_FRAMES = 16
+# Tracked frames from which a policy's memory is built anew.
+REPLAYED = 64
 
 
 class Frames(Protocol):
@@ -137,6 +139,7 @@ class InferenceState:
 
 def build_state(
     config: SAM2Config,
+    policy: MemoryPolicy,
     state: InferenceState,
     histories: Sequence[ObjectHistory],
     frame: int,
@@ -147,6 +150,7 @@ def build_state(
 
     Args:
       config: of the model.
+      policy: that the memories are kept by.
       state: of the session.
       histories: of N objects.
       frame: index of the frame to be processed next.
@@ -154,36 +158,48 @@ def build_state(
       capacity: objects to make room for; those past N hold nothing.
     """
     room = power_of_two(max([COND_FRAMES, *(len(h.cond) for h in histories)]))
-    banks = [_build_bank(config, h, frame, direction, room) for h in histories]
-    banks += [empty_bank(config, room)] * (capacity - len(banks))
+    none = nothing_held(config, policy, room)
+    every = [_hold(config, policy, h, frame, direction, none) for h in histories]
+    held = stack(policy.lineages, *every, *[none] * (capacity - len(every)))
     return TrackState(
-        bank=stack(*banks),
+        bank=held.bank,
         frame_index=np.int32(frame),  # type: ignore[arg-type]
         num_frames=np.int32(state.clip_length),  # type: ignore[arg-type]
+        carried=held.carried,
+        lineages=policy.lineages,
     )
 
 
-def _build_bank(
-    config: SAM2Config, history: ObjectHistory, frame: int, direction: np.int32, room: int
-) -> MemoryBank:
+def _hold(
+    config: SAM2Config,
+    policy: MemoryPolicy,
+    history: ObjectHistory,
+    frame: int,
+    direction: np.int32,
+    held: Held,
+) -> Held:
+    """What the tracker holds of an object before `frame`: its history, written once more."""
+
     def age(other: int) -> int:
         return (frame - other) * int(direction)
 
-    recent = [f for f in history.recent if 0 < age(f) <= memory_reach(config)]
+    recent = [f for f in history.recent if 0 < age(f) <= memory_reach(config, policy)]
     recent.sort(key=age, reverse=True)
-    bank = empty_bank(config, room)
     for frames, records, conditioning in (
         (history.cond, history.cond, np.True_),  # of equally far ones the first prompted is read
         (recent, history.recent, np.False_),
     ):
         for index in frames:
-            bank = remember(config, bank, records[index].memory, direction, conditioning)
-    return bank
+            held = remember(config, policy, held, records[index], direction, conditioning)
+    return held
 
 
-def memory_reach(config: SAM2Config) -> int:
-    """How many frames back the bank's recent memories can lie."""
-    spatial = config.num_recent * config.memory_temporal_stride_for_eval
+def memory_reach(config: SAM2Config, policy: MemoryPolicy) -> int:
+    """How many frames back the bank's recent memories can lie; of policies that choose among
+    frames as they please, how many are written once more when a session was changed."""
+    if policy.write is not SAM2.write:
+        return REPLAYED
+    spatial = config.num_recent * policy.settings.of(config).memory_temporal_stride_for_eval
     return max(spatial, config.num_recent_pointers)
 
 

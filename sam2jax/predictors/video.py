@@ -13,6 +13,8 @@ from sam2jax.config import SAM2Config
 from sam2jax.io.files import PathLike
 from sam2jax.io.reader import FrameReader
 from sam2jax.io.video import Source, Video, open_video
+from sam2jax.memory.policy import SAM2 as SAM2_POLICY
+from sam2jax.memory.policy import MemoryPolicy
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.ops.masks import non_overlapping
 from sam2jax.predictors import saving
@@ -30,6 +32,7 @@ PREDICTOR_OPTIONS = (
     "non_overlap_masks",
     "clear_non_cond_mem_around_input",
     "add_all_frames_to_correct_as_cond",
+    "policy",
 )
 
 
@@ -47,6 +50,9 @@ class SAM2VideoPredictor:
       clear_non_cond_mem_around_input: forget tracked memories near a prompted frame, as the
         official option is documented to do (in the official code it raises an AttributeError).
       add_all_frames_to_correct_as_cond: corrected frames become conditioning frames.
+      policy: what is remembered and attended to (`sam2jax.memory`). When a session is changed,
+        one other than SAM 2's own starts anew from its last 64 frames. Of several lineages the
+        best so far answers.
     """
 
     def __init__(
@@ -57,12 +63,14 @@ class SAM2VideoPredictor:
         non_overlap_masks: bool = False,
         clear_non_cond_mem_around_input: bool = False,
         add_all_frames_to_correct_as_cond: bool = False,
+        policy: MemoryPolicy = SAM2_POLICY,
     ) -> None:
         self.model = model
         self.params = params
         self.non_overlap_masks = non_overlap_masks
         self.clear_non_cond_mem_around_input = clear_non_cond_mem_around_input
         self.add_all_frames_to_correct_as_cond = add_all_frames_to_correct_as_cond
+        self.policy = policy
 
     @classmethod
     def from_pretrained(cls, source: Any, **options: Any) -> SAM2VideoPredictor:
@@ -177,9 +185,7 @@ class SAM2VideoPredictor:
             points = np.concatenate([old_points, points])
             labels = np.concatenate([old_labels, labels])
         previous = history.answer(frame, cond=self._becomes_cond(history, frame))
-        record = answer(
-            self.model, self.params, state, history, frame, (points, labels), previous=previous
-        )
+        record = self._answer(state, history, frame, (points, labels), previous=previous)
         history.points[frame] = (points, labels)
         history.masks.pop(frame, None)
         return self._store(state, obj_id, history, frame, record)
@@ -197,7 +203,7 @@ class SAM2VideoPredictor:
         """
         state, frame, history = self._look_up(inference_state, frame_idx, obj_id)
         mask = check_mask(mask)
-        record = answer(self.model, self.params, state, history, frame, NO_POINTS, mask=mask)
+        record = self._answer(state, history, frame, NO_POINTS, mask=mask)
         history.masks[frame] = mask
         history.points.pop(frame, None)
         return self._store(state, obj_id, history, frame, record)
@@ -240,7 +246,7 @@ class SAM2VideoPredictor:
         if reverse and start == 0:
             return
         stop = _stop(start, max_frame_num_to_track, reverse)
-        run = Propagation(self.model, self.params, state, reverse=reverse)
+        run = Propagation(self.model, self.params, self.policy, state, reverse=reverse)
         for frame, _, masks in run.run(start, stop):
             self._clear_around_prompts(state, frame)
             yield frame, run.obj_ids, self.video_masks(masks)
@@ -372,6 +378,9 @@ class SAM2VideoPredictor:
         if known and obj_id not in state.objects:
             raise _unknown_object(state, obj_id)
         return state, frame, state.objects.get(obj_id) or ObjectHistory()
+
+    def _answer(self, *given: Any, **options: Any) -> Record:
+        return answer(self.model, self.params, self.policy, *given, **options)
 
     def _store(
         self,

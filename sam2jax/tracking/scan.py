@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from sam2jax.memory.policy import SAM2 as SAM2_POLICY
+from sam2jax.memory.policy import MemoryPolicy
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.tracking.checks import check_frame, check_prompts, check_state
 from sam2jax.tracking.state import TrackState, init_state
@@ -32,6 +34,8 @@ def track(
     state: TrackState | None = None,
     *,
     reverse: bool = False,
+    policy: MemoryPolicy = SAM2_POLICY,
+    explain: bool = False,
 ) -> tuple[TrackState, FrameOutput]:
     """Tracks through a clip, or a chunk of one, as one compiled program.
 
@@ -48,6 +52,10 @@ def track(
       state: where to continue; None: a new clip, whose first frame has index 0, with room for
         every prompted frame. `frames` begin at `state.frame_index`, or end there in reverse.
       reverse: from the last frame to the first.
+      policy: what is remembered and attended to. One of several lineages answers at the end of
+        the chunk, along the best of them, unless it is `online`.
+      explain: the answers come with an `Explanation`: what was attended to, the candidates, and
+        the policy's own state.
 
     Returns:
       The state for the next chunk, and the answers with a leading [T], in order of time.
@@ -65,8 +73,8 @@ def track(
         one = prompts.prompts if isinstance(prompts, ClipPrompts) else prompts
         room = prompts.frames.shape[0] if isinstance(prompts, ClipPrompts) else 1
         first = num_frames - 1 if reverse else 0
-        state = init_state(model, one.num_objects, num_frames, room, first)
-    check_state(model.config, state)
+        state = init_state(model, one.num_objects, num_frames, room, first, policy)
+    check_state(model.config, state, policy)
     if isinstance(prompts, Prompts):
         check_prompts(model.config, prompts, state.num_objects)
         prompts = ClipPrompts(
@@ -78,7 +86,9 @@ def track(
         ahead = _any_ahead(prompts.frames, state.frame_index)
     else:
         ahead = False
-    return _track(model, params, frames, prompts, state, reverse=reverse, ahead=ahead)
+    return _track(
+        model, params, policy, frames, prompts, state, reverse=reverse, ahead=ahead, explain=explain
+    )
 
 
 def _any_ahead(frames: Array, first: Array) -> bool:
@@ -89,10 +99,10 @@ def _any_ahead(frames: Array, first: Array) -> bool:
     return bool(np.any((prompted != np.asarray(first)) & (prompted != EMPTY)))
 
 
-@partial(jax.jit, static_argnames=("model", "reverse", "ahead"))
-def _track(model, params, frames, prompts, state, *, reverse, ahead):
+@partial(jax.jit, static_argnames=("model", "reverse", "ahead", "explain"))
+def _track(model, params, policy, frames, prompts, state, *, reverse, ahead, explain):
     if ahead:
-        state = _encode_all_ahead(model, params, frames, prompts, state, reverse)
+        state = _encode_all_ahead(model, params, policy, frames, prompts, state, reverse)
 
     direction = time_direction(reverse)
 
@@ -101,10 +111,37 @@ def _track(model, params, frames, prompts, state, *, reverse, ahead):
         if prompts is not None:
             now = scale_prompts(model.config, _prompts_at(prompts, state.frame_index), frame)
         features = encode_frame(model, params, frame)
-        state, output, _ = process_frame(model, params, state, features, now, direction)
-        return state, output
+        state, result = process_frame(
+            model, params, state, features, now, direction, policy, explain
+        )
+        kept = result.best(policy.lineages) if policy.online else result
+        return state, (kept.output, kept.parent)
 
-    return jax.lax.scan(body, state, frames, reverse=reverse)
+    state, (outputs, parents) = jax.lax.scan(body, state, frames, reverse=reverse)
+    if not policy.online:
+        outputs = _read_back(outputs, parents, policy.lineages, reverse)
+    return state, outputs
+
+
+def _read_back(outputs: FrameOutput, parents: Array, lineages: int, reverse: bool) -> FrameOutput:
+    """From the lineages that are best at the end, back through what they went on from.
+
+    Args:
+      outputs: leading [T, N * P].
+      parents: [T, N * P] int32, rows of the frame before.
+      lineages: P.
+      reverse: the frame before is the one after.
+
+    Returns:
+      Leading [T, N].
+    """
+
+    def back(rows: Array, item: tuple[FrameOutput, Array]):
+        output, parent = item
+        return parent[rows], jax.tree.map(lambda x: x[rows], output)
+
+    best = jnp.arange(0, parents.shape[1], lineages, dtype=jnp.int32)
+    return jax.lax.scan(back, best, (outputs, parents), reverse=not reverse)[1]
 
 
 def _prompts_at(prompts: ClipPrompts, frame_index: Array) -> Prompts:
@@ -122,7 +159,9 @@ def _prompts_at(prompts: ClipPrompts, frame_index: Array) -> Prompts:
     return chosen
 
 
-def _encode_all_ahead(model, params, frames, prompts: ClipPrompts, state: TrackState, reverse):
+def _encode_all_ahead(
+    model, params, policy, frames, prompts: ClipPrompts, state: TrackState, reverse
+):
     """Remembers this chunk's prompted frames but the first, whose turn comes at once."""
     first_in_time = state.frame_index - (frames.shape[0] - 1 if reverse else 0)
 
@@ -135,7 +174,7 @@ def _encode_all_ahead(model, params, frames, prompts: ClipPrompts, state: TrackS
         def encode(state: TrackState) -> TrackState:
             features = encode_frame(model, params, frames[offset])
             scaled = scale_prompts(model.config, now, frames[offset])
-            return process_ahead(model, params, state, features, scaled, frame_index)[0]
+            return process_ahead(model, params, state, features, scaled, frame_index, policy)[0]
 
         return jax.lax.cond(due, encode, lambda state: state, state), None
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from sam2jax.config import SAM2Config
 from sam2jax.memory.bank import MemoryBank, empty
+from sam2jax.memory.policy import SAM2 as SAM2_POLICY
+from sam2jax.memory.policy import MemoryPolicy
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.types import Array
 
@@ -15,13 +19,15 @@ from sam2jax.types import Array
 class TrackState(struct.PyTreeNode):
     """An immutable value; its size depends on the model and the number of objects alone."""
 
-    bank: MemoryBank  # every field with a leading [N]
+    bank: MemoryBank  # every field with a leading [N], or [N * P] where a policy has P lineages
     frame_index: Array  # [] int32, the frame to be processed next
     num_frames: Array  # [] int32, length of the clip (16 for a stream)
+    carried: Any = ()  # the policy's own state, with the same leading axis
+    lineages: int = struct.field(pytree_node=False, default=1)  # P, of the policy
 
     @property
     def num_objects(self) -> int:
-        return self.bank.cond_frame.shape[0]
+        return self.bank.cond_frame.shape[0] // self.lineages
 
     @property
     def max_cond_frames(self) -> int:
@@ -43,6 +49,7 @@ def init_state(
     num_frames: int | None = None,
     max_cond_frames: int = 4,
     frame_index: int = 0,
+    policy: MemoryPolicy = SAM2_POLICY,
 ) -> TrackState:
     """A tracker that has seen nothing.
 
@@ -54,6 +61,7 @@ def init_state(
       max_cond_frames: prompted frames that are kept. With as many as that, answers equal the
         official ones; of more, the one furthest in time gives way.
       frame_index: of the first frame to be processed.
+      policy: what is kept and attended to; `step` and `track` are given the same.
 
     Raises:
       ValueError: a number is out of range, or the model is for images only.
@@ -66,11 +74,16 @@ def init_state(
         )
     if num_frames is not None and num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, or None for a stream, got {num_frames}.")
-    bank = empty(model.config, max_cond_frames)
+    bank = empty(model.config, max_cond_frames, policy.room)
+    held = bank, policy.init(model.config, policy.settings, bank)
+    rows = num_objects * policy.lineages
+    bank, carried = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *jnp.shape(x))), held)
     return TrackState(
-        bank=jax.tree.map(lambda x: jnp.broadcast_to(x, (num_objects, *x.shape)), bank),
+        bank=bank,
         frame_index=jnp.asarray(frame_index, jnp.int32),
         num_frames=jnp.asarray(
             model.config.max_obj_ptrs_in_encoder if num_frames is None else num_frames, jnp.int32
         ),
+        carried=carried,
+        lineages=policy.lineages,
     )

@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from sam2jax import memory as bank_ops
 from sam2jax.config import SAM2Config
-from sam2jax.memory.bank import MemoryBank
+from sam2jax.memory.policy import SAM2 as SAM2_POLICY
+from sam2jax.memory.policy import Choice, MemoryPolicy, Now, Seen
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.ops.masks import fill_holes
 from sam2jax.ops.resize import preprocess_image
@@ -22,6 +23,7 @@ from sam2jax.tracking.segment import (
     condition_features,
     decode,
     fit_mask_prompt,
+    is_multimask,
     memory_weights,
     run_model,
 )
@@ -31,10 +33,10 @@ from sam2jax.types import (
     NO_OBJ_SCORE,
     NONE,
     Array,
+    Explanation,
     FrameMemory,
     FrameOutput,
     ImageFeatures,
-    MemoryRead,
     Prompts,
 )
 
@@ -49,6 +51,8 @@ def step(
     prompts: Prompts | None = None,
     *,
     reverse: bool = False,
+    policy: MemoryPolicy = SAM2_POLICY,
+    explain: bool = False,
 ) -> tuple[TrackState, FrameOutput]:
     """Answers one frame and remembers it.
 
@@ -62,6 +66,8 @@ def step(
       frame: uint8 [H, W, 3] RGB, or float [S, S, 3] resized and normalised.
       prompts: on this frame; None: track.
       reverse: the next frame is the one before this.
+      policy: what is remembered and attended to, the one that the state was made for.
+      explain: the answer comes with an `Explanation`.
 
     Returns:
       The state for the next frame, and the masks on this one.
@@ -69,11 +75,11 @@ def step(
     Raises:
       ValueError, TypeError: shapes or dtypes do not fit.
     """
-    check_state(model.config, state)
+    check_state(model.config, state, policy)
     check_frame(model.config, frame)
     if prompts is not None:
         check_prompts(model.config, prompts, state.num_objects)
-    return _step(model, params, state, frame, prompts, reverse=reverse)
+    return _step(model, params, policy, state, frame, prompts, reverse=reverse, explain=explain)
 
 
 def condition(
@@ -83,6 +89,8 @@ def condition(
     frame: Array,
     prompts: Prompts,
     frame_index: int | Array,
+    *,
+    policy: MemoryPolicy = SAM2_POLICY,
 ) -> TrackState:
     """Remembers a prompted frame out of turn, typically one that lies ahead.
 
@@ -93,31 +101,35 @@ def condition(
       model, params, state, frame: as in `step`.
       prompts: of kind CONDITIONING; objects without are left as they are.
       frame_index: of `frame`.
+      policy: as in `step`.
 
     Returns:
       The state with the frame in its banks; the frame to be processed next is the same.
     """
-    check_state(model.config, state)
+    check_state(model.config, state, policy)
     check_frame(model.config, frame)
     check_prompts(model.config, prompts, state.num_objects)
-    return _condition(model, params, state, frame, prompts, jnp.asarray(frame_index, jnp.int32))
+    index = jnp.asarray(frame_index, jnp.int32)
+    return _condition(model, params, policy, state, frame, prompts, index)
 
 
-@partial(jax.jit, static_argnames=("model", "reverse"))
-def _step(model, params, state, frame, prompts, *, reverse):
+@partial(jax.jit, static_argnames=("model", "reverse", "explain"))
+def _step(model, params, policy, state, frame, prompts, *, reverse, explain):
     features = encode_frame(model, params, frame)
     if prompts is not None:
         prompts = scale_prompts(model.config, prompts, frame)
     direction = time_direction(reverse)
-    state, output, _ = process_frame(model, params, state, features, prompts, direction)
-    return state, output
+    state, result = process_frame(
+        model, params, state, features, prompts, direction, policy, explain
+    )
+    return state, result.best(policy.lineages).output
 
 
 @partial(jax.jit, static_argnames="model")
-def _condition(model, params, state, frame, prompts, frame_index):
+def _condition(model, params, policy, state, frame, prompts, frame_index):
     features = encode_frame(model, params, frame)
     prompts = scale_prompts(model.config, prompts, frame)
-    return process_ahead(model, params, state, features, prompts, frame_index)[0]
+    return process_ahead(model, params, state, features, prompts, frame_index, policy)[0]
 
 
 def time_direction(reverse: bool) -> Array:
@@ -143,6 +155,18 @@ def scale_prompts(config: SAM2Config, prompts: Prompts, frame: Array) -> Prompts
     return prompts.replace(points=prompts.points * scale.reshape(1, 1, 2))
 
 
+class FrameResult(struct.PyTreeNode):
+    """What came of a frame, for N objects of P lineages each: every field has a leading [N * P]."""
+
+    output: FrameOutput
+    memory: FrameMemory  # what the frame leaves behind, for callers that keep history
+    parent: Array  # int32, the row before this frame that each row goes on from
+
+    def best(self, lineages: int) -> FrameResult:
+        """Of each object the first lineage, which is the best so far: leading [N]."""
+        return self if lineages == 1 else jax.tree.map(lambda x: x[::lineages], self)
+
+
 def process_frame(
     model: SAM2,
     params: Any,
@@ -150,18 +174,24 @@ def process_frame(
     features: ImageFeatures,
     prompts: Prompts | None,
     direction: Array,
-) -> tuple[TrackState, FrameOutput, FrameMemory]:
-    """`step` on an encoded frame, with points in pixels of the model's image.
-
-    It also returns what the frame leaves behind, for callers that keep history.
-    """
+    policy: MemoryPolicy = SAM2_POLICY,
+    explain: bool = False,
+) -> tuple[TrackState, FrameResult]:
+    """`step` on an encoded frame, with points in pixels of the model's image."""
     if prompts is None:
         prompts = Prompts.none(state.num_objects)
-    output, memory = _answer_frame(model, params, state, features, prompts, direction)
-    prompted = prompts.kind == CONDITIONING
-    bank = write_banks(model.config, state, memory, direction, prompted, state.bank.has_memory)
-    state = state.replace(bank=bank, frame_index=state.frame_index + direction)
-    return state, output, memory
+    result, carried = _answer_frame(
+        model, params, policy, state, features, prompts, direction, explain
+    )
+    bank = state.bank
+    if state.lineages > 1:
+        bank = jax.tree.map(lambda x: x[result.parent], bank)
+    now = _now(model.config, state, prompts, direction)
+    state = _remember(model.config, policy, state.replace(bank=bank, carried=carried), result, now)
+    if result.output.explanation is not None:
+        explained = result.output.explanation.replace(carried=state.carried)
+        result = result.replace(output=result.output.replace(explanation=explained))
+    return state.replace(frame_index=state.frame_index + direction), result
 
 
 def process_ahead(
@@ -171,8 +201,9 @@ def process_ahead(
     features: ImageFeatures,
     prompts: Prompts,
     frame_index: Array,
-) -> tuple[TrackState, FrameOutput, FrameMemory]:
-    """`condition` on an encoded frame; also returns the answer and what the frame leaves behind."""
+    policy: MemoryPolicy = SAM2_POLICY,
+) -> tuple[TrackState, FrameResult]:
+    """`condition` on an encoded frame; also returns what came of it."""
     at_frame = state.replace(frame_index=frame_index)
     prompted = prompts.kind == CONDITIONING
     prompts = prompts.replace(kind=jnp.where(prompted, CONDITIONING, NONE))
@@ -180,21 +211,24 @@ def process_ahead(
     forgetful = at_frame.replace(
         bank=at_frame.bank.replace(cond_frame=jnp.full_like(at_frame.bank.cond_frame, -1))
     )
-    output, memory = _answer_frame(model, params, forgetful, features, prompts, jnp.int32(1))
-    never = jnp.zeros_like(prompted)
-    bank = write_banks(model.config, at_frame, memory, jnp.int32(1), prompted, never)
-    return state.replace(bank=bank), output, memory
+    forward = jnp.int32(1)
+    result, _ = _answer_frame(model, params, policy, forgetful, features, prompts, forward)
+    now = _now(model.config, forgetful, prompts, forward)
+    kept = _remember(model.config, policy, at_frame, result, now)
+    return state.replace(bank=kept.bank, carried=kept.carried), result
 
 
 def _answer_frame(
     model: SAM2,
     params: Any,
+    policy: MemoryPolicy,
     state: TrackState,
     features: ImageFeatures,
     prompts: Prompts,
     direction: Array,
-) -> tuple[FrameOutput, FrameMemory]:
-    """A frame's answer and memory, as if each were to be written.
+    explain: bool = False,
+) -> tuple[FrameResult, Any]:
+    """A frame's answer, and memory as if it were to be written, and what the policy carries on.
 
     Objects are independent given the frame's features. They are taken a few at a time, and those
     that have neither memory nor prompt cost nothing.
@@ -202,38 +236,47 @@ def _answer_frame(
     count, group = state.num_objects, model.config.objects_at_once
     group = max(size for size in range(1, count + 1) if count % size == 0 and size <= group)
 
-    def answer(item: tuple[TrackState, Prompts]) -> tuple[FrameOutput, FrameMemory]:
-        return _answer_group(model, params, *item, features, direction)
+    def answer(item: tuple[TrackState, Prompts]) -> tuple[FrameResult, Any]:
+        return _answer_group(model, params, policy, *item, features, direction, explain)
 
     def split(x: Array) -> Array:
-        return x.reshape(count // group, group, *x.shape[1:])
+        return x.reshape(count // group, -1, *x.shape[1:])
 
     def join(x: Array) -> Array:
-        return x.reshape(count, *x.shape[2:])
+        return x.reshape(-1, *x.shape[2:])
 
-    shared = {"frame_index": state.frame_index, "num_frames": state.num_frames}
-    bank, prompts = jax.tree.map(split, (state.bank, prompts))
-    answers = jax.lax.map(
-        lambda x: answer((TrackState(bank=x[0], **shared), x[1])), (bank, prompts)
-    )
-    return jax.tree.map(join, answers)
+    held = jax.tree.map(split, (state.bank, state.carried, prompts))
+    answers = jax.lax.map(lambda x: answer((state.replace(bank=x[0], carried=x[1]), x[2])), held)
+    result, carried = jax.tree.map(join, answers)
+    first = jnp.arange(count * state.lineages, dtype=jnp.int32) // (group * state.lineages)
+    return result.replace(parent=result.parent + first * (group * state.lineages)), carried
 
 
-def _answer_group(model, params, state, prompts, features, direction):
+def _answer_group(model, params, policy, state, prompts, features, direction, explain):
     config = model.config
-    memory_read = read_banks(config, state, direction)
-    known = state.bank.has_memory | (prompts.kind != NONE)
-    answer, spatial = jax.lax.cond(
-        jnp.any(known),
-        lambda: _segment(model, params, state, features, memory_read, prompts),
-        lambda: _no_answer(config, state.num_objects),
+    now = _now(config, state, prompts, direction)
+    prompts = _per_lineage(prompts, state.lineages)
+    memory_read = jax.vmap(policy.read, in_axes=(None, None, 0, 0, 0))(
+        config, policy.settings, state.bank, state.carried, now
     )
+    known = state.bank.has_memory | (prompts.kind != NONE)
+
+    def segment():
+        return _segment(model, params, policy, state, features, memory_read, prompts, now, explain)
+
+    def leave():
+        shapes = jax.eval_shape(segment)[-1] if explain else None
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return *_no_answer(config, state), nothing
+
+    answer, spatial, parent, carried, explanation = jax.lax.cond(jnp.any(known), segment, leave)
     output = FrameOutput(
         masks=jnp.where(known[:, None, None], answer.masks, NO_OBJ_SCORE),
         iou=jnp.where(known, answer.iou, 0.0),
         object_score=jnp.where(known, answer.object_score, NO_OBJ_SCORE),
-        memory_frames=memory_read.spatial_frame,
-        pointer_frames=memory_read.pointer_frame,
+        memory_frames=memory_read.spatial_frame[parent],
+        pointer_frames=memory_read.pointer_frame[parent],
+        explanation=explanation,
     )
     memory = FrameMemory(
         frame=jnp.broadcast_to(state.frame_index, known.shape),
@@ -242,10 +285,15 @@ def _answer_group(model, params, state, prompts, features, direction):
         iou=answer.iou,
         object_score=answer.object_score,
     )
-    return output, memory
+
+    def pick(new: Array, old: Array) -> Array:
+        return jnp.where(known.reshape(known.shape + (1,) * (new.ndim - 1)), new, old)
+
+    carried = jax.tree.map(pick, carried, state.carried)
+    return FrameResult(output=output, memory=memory, parent=parent), carried
 
 
-def _segment(model, params, state, features, memory_read, prompts) -> tuple[Answer, Array]:
+def _segment(model, params, policy, state, features, memory_read, prompts, now, explain):
     """From features to masks, with their holes filled, and to the spatial memory of them."""
     config = model.config
     run = partial(run_model, model, params)
@@ -255,49 +303,106 @@ def _segment(model, params, state, features, memory_read, prompts) -> tuple[Answ
     if prompts.logits is not None:
         fed_back = jnp.clip(prompts.logits, -MAX_FED_BACK_LOGIT, MAX_FED_BACK_LOGIT)
         prompts = prompts.replace(logits=fed_back)
-    conditioned = condition_features(run, state, features, memory_read, prompts)
+    conditioned, attended = condition_features(run, state, features, memory_read, prompts, explain)
     candidates = decode(run, features, conditioned, prompts, mask)
-    answer = choose(run, config, candidates, prompts)
+    choice, carried = _choose(config, policy, state, candidates, now)
+    if state.lineages > 1:
+        candidates = jax.tree.map(lambda x: x[choice.parent], candidates)
+    answer = choose(run, config, candidates, prompts, choice.best, choice.present)
     if mask is not None:
         answer = answer_with_mask(run, answer, mask, prompts.has_mask)
+    seen = Seen(
+        alternatives=candidates.masks[:, 1:],
+        chosen=choice.best,
+        mask=answer.masks,
+        iou=answer.iou,
+        object_score=answer.object_score,
+    )
+    carried, cut = jax.vmap(policy.judge, in_axes=(None, None, 0, 0, 0))(
+        config, policy.settings, carried, seen, now
+    )
     shown = answer.masks
     if config.fill_hole_area:
         shown = fill_holes(shown, config.fill_hole_area)
-    weights = memory_weights(config, answer.masks, shown, prompts)
+    weights = memory_weights(config, answer.masks, shown, prompts, cut)
     spatial = run("encode_memory", features.features, weights, answer.object_score)
-    return answer.replace(masks=shown), spatial
+    explanation = None
+    if attended is not None:
+        rows = jax.tree.map(lambda x: x[choice.parent], (memory_read.spatial_tpos, attended))
+        explanation = Explanation(
+            tpos=rows[0],
+            **vars(rows[1]),
+            masks=candidates.masks,
+            ious=candidates.ious,
+            chosen=choice.best,
+            lineage=choice.parent % state.lineages,
+            carried=(),
+        )
+    return answer.replace(masks=shown), spatial, choice.parent, carried, explanation
 
 
-def _no_answer(config: SAM2Config, count: int) -> tuple[Answer, Array]:
-    """Of the shapes that `_segment` returns."""
+def _choose(config, policy, state, candidates, now) -> tuple[Choice, Any]:
+    """The policy's choice for each object, its lineages together; rows in, rows out."""
+    lineages = state.lineages
+
+    def split(x: Array) -> Array:
+        return x.reshape(-1, lineages, *x.shape[1:])
+
+    def join(x: Array) -> Array:
+        return x.reshape(-1, *x.shape[2:])
+
+    of_object = jax.tree.map(lambda x: x[::lineages], now)
+    choice, carried = jax.vmap(policy.choose, in_axes=(None, None, 0, 0, 0))(
+        config, policy.settings, *jax.tree.map(split, (state.carried, candidates)), of_object
+    )
+    choice, carried = jax.tree.map(join, (choice, carried))
+    rows = jnp.arange(choice.parent.shape[0], dtype=jnp.int32)
+    return choice.replace(parent=rows // lineages * lineages + choice.parent), carried
+
+
+def _no_answer(config: SAM2Config, state: TrackState):
+    """Of the shapes that `_segment` returns, but for the explanation."""
+    rows = state.bank.cond_frame.shape[0]
     answer = Answer(
-        masks=jnp.zeros((count, config.mask_size, config.mask_size)),
-        iou=jnp.zeros(count),
-        object_score=jnp.zeros(count),
-        pointer=jnp.zeros((count, config.hidden_dim)),
+        masks=jnp.zeros((rows, config.mask_size, config.mask_size)),
+        iou=jnp.zeros(rows),
+        object_score=jnp.zeros(rows),
+        pointer=jnp.zeros((rows, config.hidden_dim)),
     )
-    return answer, jnp.zeros((count, config.feature_size**2, config.mem_dim), jnp.bfloat16)
+    spatial = jnp.zeros((rows, config.feature_size**2, config.mem_dim), jnp.bfloat16)
+    return answer, spatial, jnp.arange(rows, dtype=jnp.int32), state.carried
 
 
-def read_banks(config: SAM2Config, state: TrackState, direction: Array) -> MemoryRead:
-    """What each object's frame attends to; leading [N]."""
-    return jax.vmap(bank_ops.read, in_axes=(None, 0, None, None, None))(
-        config, state.bank, state.frame_index, direction, state.num_frames
+def _now(config: SAM2Config, state: TrackState, prompts: Prompts, direction: Array) -> Now:
+    """What the policy is told of the frame; leading [N * P]."""
+    rows = state.bank.cond_frame.shape[0]
+
+    def spread(x: Array) -> Array:
+        return jnp.broadcast_to(x, rows)
+
+    def repeat(x: Array) -> Array:
+        return jnp.repeat(x, state.lineages)
+
+    return Now(
+        frame=spread(state.frame_index),
+        direction=spread(direction),
+        num_frames=spread(state.num_frames),
+        conditioning=repeat(prompts.kind == CONDITIONING),
+        recent=state.bank.has_memory,
+        multimask=repeat(is_multimask(config, prompts)),
     )
 
 
-def write_banks(
-    config: SAM2Config,
-    state: TrackState,
-    memory: FrameMemory,
-    direction: Array,
-    conditioning: Array,
-    recent: Array,
-) -> MemoryBank:
-    """Each object's bank with the frame put in, as its two flags [N] say."""
-    write = partial(bank_ops.write, config)
+def _per_lineage(prompts: Prompts, lineages: int) -> Prompts:
+    if lineages == 1:
+        return prompts
+    return jax.tree.map(lambda x: jnp.repeat(x, lineages, axis=0), prompts)
 
-    def one(bank, frame_memory, conditioning, recent):
-        return write(bank, frame_memory, direction, conditioning=conditioning, recent=recent)
 
-    return jax.vmap(one)(state.bank, memory, conditioning, recent)
+def _remember(
+    config: SAM2Config, policy: MemoryPolicy, state: TrackState, result: FrameResult, now: Now
+) -> TrackState:
+    bank, carried = jax.vmap(policy.write, in_axes=(None, None, 0, 0, 0, 0))(
+        config, policy.settings, state.bank, state.carried, result.memory, now
+    )
+    return state.replace(bank=bank, carried=carried)

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from sam2jax.config import SAM2Config
+from sam2jax.memory import official as rule
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.ops.resize import preprocess_image, resize_masks
 from sam2jax.tracking import segment
 from sam2jax.tracking.state import TrackState, init_state
-from sam2jax.tracking.step import read_banks, write_banks
 from sam2jax.training.losses import LossConfig, Losses, mask_iou, prediction_losses
 from sam2jax.training.prompts import Plan, PromptConfig, sample_box, sample_click
 from sam2jax.types import (
@@ -31,6 +31,7 @@ from sam2jax.types import (
     FrameMemory,
     ImageFeatures,
     MaskCandidates,
+    MemoryRead,
     Prompts,
 )
 
@@ -155,7 +156,7 @@ def _track_frame(
         item.conditioning,
         lambda: _without_memory(run, features, item),
         lambda: run(
-            "condition_on_memory", features.features, read_banks(config, state, direction)
+            "condition_on_memory", features.features, _read_banks(config, state, direction)
         ).astype(jnp.float32),
     )
     first = _fed_mask(run, first_prompts(item))
@@ -298,6 +299,15 @@ def _remember(run, config, state, features, shown: Shown, conditioning, directio
         iou=answer.iou,
         object_score=answer.object_score,
     )
-    conditioning = jnp.broadcast_to(conditioning, (count,))
-    bank = write_banks(config, state, memory, direction, conditioning, ~conditioning)
-    return state.replace(bank=bank)
+
+    def write(bank, memory):
+        flags = {"conditioning": conditioning, "recent": ~conditioning}
+        return rule.write(config, bank, memory, direction, **flags)
+
+    return state.replace(bank=jax.vmap(write)(state.bank, memory))
+
+
+def _read_banks(config, state: TrackState, direction: Array) -> MemoryRead:
+    return jax.vmap(rule.read, in_axes=(None, 0, None, None, None))(
+        config, state.bank, state.frame_index, direction, state.num_frames
+    )

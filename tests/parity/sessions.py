@@ -50,10 +50,18 @@ class Both:
       both: the model, ours and official.
       frames: preprocessed, [T, S, S, 3] float32.
       bars: how far answers may be apart.
+      size: height and width that prompts and answers refer to.
       **options: of the predictors' constructors.
     """
 
-    def __init__(self, both: Pair, frames: np.ndarray, bars: Bars, **options: bool) -> None:
+    def __init__(
+        self,
+        both: Pair,
+        frames: np.ndarray,
+        bars: Bars,
+        size: tuple[int, int] = SIZE,
+        **options: bool,
+    ) -> None:
         self.bars, self.compared = bars, 0
         self.theirs = copy.copy(both.official)  # shares the weights; options are its own
         for name, value in options.items():
@@ -61,8 +69,8 @@ class Both:
         # It is the last thing done to an answer, and would hide ties; `compare` does it.
         self.theirs.non_overlap_masks = False
         self.ours = sam2jax.SAM2VideoPredictor(both.model, both.params, **options)
-        self.their_state = oracle.init_state(self.theirs, frames, SIZE)
-        self.our_state = self.ours.init_state(Preprocessed(frames, SIZE))
+        self.their_state = oracle.init_state(self.theirs, frames, size)
+        self.our_state = self.ours.init_state(Preprocessed(frames, size))
 
     def click(self, frame: int, obj: Any, *points: tuple, **given: Any) -> None:
         """Points are (x, y, label)."""

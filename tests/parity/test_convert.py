@@ -16,6 +16,7 @@ from sam2jax.convert import huggingface, layouts, torch_file
 from sam2jax.loading import load, save
 from sam2jax.testing import small_config
 from tests import oracle
+from tests.conftest import PUBLISHED
 from tests.test_convert import hollow, official_shapes, shapes_of
 
 from transformers import (  # isort: skip  (after the oracle, which mends torchvision)
@@ -133,7 +134,7 @@ def test_tuned_here_it_loads_into_the_official_package(tmp_path: pathlib.Path, n
 # transformers ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_names_and_shapes_are_those_of_transformers(name: str):
     config = VARIANTS[name]
     ours = shapes_of(huggingface.from_official(hollow(official_shapes(name))))

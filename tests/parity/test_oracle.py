@@ -10,6 +10,7 @@ import torch
 
 from sam2jax.config import NO_POSTPROCESSING, VARIANTS, SAM2Config
 from tests import oracle
+from tests.conftest import PUBLISHED
 
 pytestmark = pytest.mark.parity
 
@@ -28,7 +29,7 @@ def plain_attributes(model: torch.nn.Module) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("postprocessing", [True, False])
 def test_build_equals_the_official_builder(name: str, postprocessing: bool):
     if postprocessing is False and "tiny" not in name:

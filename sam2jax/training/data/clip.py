@@ -44,6 +44,7 @@ def middle(mask: np.ndarray) -> tuple[float, float]:
     """(x, y) of the pixel farthest from the outside of a mask [H, W] that is not empty."""
     import scipy.ndimage
 
-    depth = scipy.ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    padded = np.asarray(scipy.ndimage.distance_transform_edt(np.pad(mask, 1)))
+    depth = padded[1:-1, 1:-1]
     row, column = np.unravel_index(np.argmax(depth), mask.shape)
     return float(column), float(row)

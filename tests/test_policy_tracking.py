@@ -1,0 +1,151 @@
+"""The tracker under policies other than SAM 2's own."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sam2jax
+from sam2jax import Prompts, memory
+from sam2jax.memory import POLICIES
+from sam2jax.testing import random_params
+from sam2jax.tracking import scan
+from sam2jax.tracking.step import encode_frame, process_frame
+from tests.test_tracking import CONFIG, MODEL, TWO, assert_same, clip, stack
+
+LENGTH = 9
+OTHERS = {
+    "sam3_score": memory.sam3_score(threshold=0.3),
+    "samurai": memory.samurai(stable_frames=2, iou_threshold=0.4),
+    "dam4sam": memory.dam4sam(iou_threshold=0.1, area_low=0.1, area_high=9.0, apart=1),
+    "rcms": memory.rcms(threshold=0.2),
+    "sam2long": memory.sam2long(lineages=2, certainty=1e3, online=True),
+}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG, seed=3)
+
+
+def test_every_policy_is_tried():
+    assert set(POLICIES) == {"sam2", *OTHERS}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_steps_chunks_and_objects_agree(params, name):
+    """A whole clip in one program, frame by frame, and each object alone; in constant memory."""
+    policy, frames = OTHERS[name], clip(LENGTH)
+    before = scan._track._cache_size()
+    last, whole = sam2jax.track(MODEL, params, frames, TWO, policy=policy)
+    state = sam2jax.init_state(MODEL, 2, LENGTH, 1, policy=policy)
+    shapes = [jax.tree.map(jnp.shape, x) for x in (state, last)]
+    assert shapes[0] == shapes[1]
+    singles = []
+    for t, frame in enumerate(frames):
+        given = TWO if t == 0 else None
+        state, out = sam2jax.step(MODEL, params, state, frame, given, policy=policy)
+        singles.append(out)
+    assert_same(stack(singles), whole)
+    sam2jax.track(MODEL, params, frames[::-1], TWO, policy=policy)
+    assert scan._track._cache_size() == before + 1
+
+    alone = Prompts.make(points=[[(30, 18)]], width=2)
+    _, one = sam2jax.track(MODEL, params, frames, alone, policy=policy)
+    np.testing.assert_allclose(one.masks[:, 0], whole.masks[:, 0], atol=1e-4)
+
+
+def test_policies_differ(params):
+    """What is compared above is not SAM 2's rule five times."""
+    frames = clip(LENGTH)
+    _, plain = sam2jax.track(MODEL, params, frames, TWO)
+    for name, policy in OTHERS.items():
+        _, out = sam2jax.track(MODEL, params, frames, TWO, policy=policy)
+        assert np.abs(np.asarray(out.masks) - plain.masks).max() > 1e-3, name
+
+
+def test_sam2_with_its_options(params):
+    """As the same options of the model."""
+    frames, options = clip(LENGTH), {"memory_temporal_stride_for_eval": 2}
+    model = sam2jax.SAM2(dataclasses.replace(CONFIG, **options))
+    _, expected = sam2jax.track(model, params, frames, TWO)
+    _, found = sam2jax.track(MODEL, params, frames, TWO, policy=memory.sam2(2))
+    assert_same(found, expected)
+
+
+def test_settings_are_vmapped(params):
+    frames, thresholds = clip(LENGTH), jnp.array([0.0, 0.45, 1.0])
+
+    def masks(threshold):
+        policy = memory.samurai(iou_threshold=threshold, stable_frames=2)
+        return sam2jax.track(MODEL, params, frames, TWO, policy=policy)[1].masks
+
+    together = jax.jit(jax.vmap(masks))(thresholds)
+    for row, threshold in zip(together, thresholds, strict=True):
+        np.testing.assert_allclose(row, masks(threshold), atol=1e-4)
+    assert np.abs(together[0] - together[2]).max() > 1e-3
+
+
+def test_answers_are_read_back_along_the_best_lineage(params):
+    frames, policy = clip(LENGTH), OTHERS["sam2long"].replace(online=False)
+    _, found = sam2jax.track(MODEL, params, frames, TWO, policy=policy)
+    state = sam2jax.init_state(MODEL, 2, LENGTH, 1, policy=policy)
+    outputs, parents = [], []
+
+    @jax.jit
+    def advance(state, frame, prompts):
+        features = encode_frame(MODEL, params, frame)
+        return process_frame(MODEL, params, state, features, prompts, jnp.int32(1), policy)
+
+    scaled = sam2jax.tracking.step.scale_prompts(CONFIG, TWO, frames[0])
+    for t, frame in enumerate(frames):
+        state, result = advance(state, frame, scaled if t == 0 else Prompts.none(2, width=2))
+        outputs.append(np.asarray(result.output.masks))
+        parents.append(np.asarray(result.parent))
+    rows = np.array([0, 2])
+    crossed = False
+    for t in reversed(range(LENGTH)):
+        np.testing.assert_allclose(found.masks[t], outputs[t][rows], atol=1e-4)
+        crossed |= bool((rows % 2).any())
+        rows = parents[t][rows]
+    assert crossed, "the best lineage was the best all the time"
+
+
+def test_gradients_pass(params):
+    frames = np.asarray(sam2jax.ops.resize.preprocess_image(jnp.asarray(clip(3)), 64))
+
+    def presence(frames, policy):
+        return sam2jax.track(MODEL, params, frames, TWO, policy=policy)[1].object_score.sum()
+
+    for policy in (OTHERS["samurai"], OTHERS["dam4sam"]):
+        gradient = jax.jit(jax.grad(presence))(frames, policy)
+        assert np.isfinite(gradient).all() and np.abs(gradient[0]).max() > 0
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_predictor_answers_as_track_does(params, name):
+    policy, frames = OTHERS[name], clip(LENGTH)
+    predictor = sam2jax.SAM2VideoPredictor(MODEL, params, policy=policy)
+    state = predictor.init_state(frames)
+    predictor.add_new_points_or_box(state, 0, 1, points=[(30, 18)], labels=[1])
+    predictor.add_new_points_or_box(state, 0, 2, box=(5, 5, 40, 30))
+    answers = [masks[:, 0] for _, _, masks in predictor.propagate_in_video(state)]
+    _, out = sam2jax.track(MODEL, params, frames, TWO, policy=policy)
+    expected = sam2jax.resize_masks(out.masks, frames.shape[1:3])
+    np.testing.assert_allclose(answers, expected, atol=2e-2)
+    # Left and taken up again, it starts from what is remembered.
+    again = list(predictor.propagate_in_video(state, start_frame_idx=4))
+    assert len(again) == LENGTH - 4 and np.isfinite(again[-1][2]).all()
+
+
+def test_a_state_of_another_policy_is_refused(params):
+    frame = clip(1)[0]
+    for name in ("samurai", "rcms", "sam2long"):
+        state = sam2jax.init_state(MODEL, 2, policy=OTHERS[name])
+        with pytest.raises(ValueError, match="another"):
+            sam2jax.step(MODEL, params, state, frame, TWO)
+        with pytest.raises(ValueError, match="another"):
+            plain = sam2jax.init_state(MODEL, 2)
+            sam2jax.step(MODEL, params, plain, frame, TWO, policy=OTHERS[name])
