@@ -1,6 +1,6 @@
 """A model on the held-out procedural clips, beside what needs no memory.
 
-python -m benchmarks.heldout CHECKPOINT [--clips N]
+python -m benchmarks.heldout [CHECKPOINT] [--clips N]
 
 Objects are tracked from one click on the first frame (at the point deepest inside), or from its
 mask. Beside that stand the first mask, copied to all frames, and the image model without memory,
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import sam2jax
 from benchmarks.timing import RESULTS
+from sam2jax.config import NANO
 from sam2jax.evaluation.metrics import score_clip
 from sam2jax.training.data.clip import Clip, middle
 from sam2jax.training.data.config import HELD_OUT
@@ -93,7 +94,7 @@ def evaluate(model: sam2jax.SAM2, params: Any, clips: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint")
+    parser.add_argument("checkpoint", nargs="?", default=NANO.name)
     parser.add_argument("--clips", type=int, default=HELD_OUT.num_clips)
     given = parser.parse_args()
     model, params = sam2jax.load(given.checkpoint)

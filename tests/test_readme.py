@@ -90,7 +90,14 @@ def test_commands(folder, monkeypatch):
         assert result.exit_code == 0, f"{line}\n{result.output}"
     assert len(ours) >= 6
     for name in (
-        *("out.mp4", "cups_masks.png", "found/1.png", "found/1.json"),
+        *(
+            "sam2jax_demo.mp4",
+            "sam2jax_demo.png",
+            "out.mp4",
+            "cups_masks.png",
+            "found/1.png",
+            "found/1.json",
+        ),
         *("mine.pt", "davis/results.csv"),
     ):
         assert (folder / name).stat().st_size > 0
@@ -113,7 +120,9 @@ def test_python(folder, monkeypatch):
     exec(compile(PYTHON, "README.md", "exec"), names)
     assert names["masks"].shape == (3, 2, 360, 400)
     assert names["saliency"].shape == (3, 64, 64, 3) and np.abs(names["saliency"]).max() > 0
-    assert names["out"].masks.shape == (2, 3, 2, 16, 16)
+    assert names["several"].masks.shape == (2, 3, 2, 16, 16)
+    np.testing.assert_allclose(names["shares"].sum(-1)[0], 0)  # a prompted frame reads nothing
+    assert (names["shares"].sum(-1)[1:] > 0.1).all()
 
 
 def python_in(text: str) -> str:
