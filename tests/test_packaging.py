@@ -73,7 +73,21 @@ def test_wheel_holds_every_module(built: dict[str, list[str]]):
         f"sam2jax/convert/{path.name}" for path in (ROOT / "convert").glob("*.py")
     }
     assert {name for name in built["wheel"] if name.endswith(".py")} == expected
-    assert "sam2jax/py.typed" in built["wheel"]
+    assert {"sam2jax/py.typed", "sam2jax/weights/sam2.1_hiera_nano.safetensors"} <= set(
+        built["wheel"]
+    )
+    assert not [name for name in built["wheel"] if name.startswith(("tests", "benchmarks"))]
+
+
+def test_importing_does_not_read_the_weights():
+    code = (
+        "import sys; opened = []\n"
+        "sys.addaudithook(lambda e, a: opened.append(str(a[0])) if e == 'open' else None)\n"
+        "import sam2jax; assert opened\n"
+        "assert not [path for path in opened if path.endswith('.safetensors')]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_sdist_holds_the_converter_and_the_licence(built: dict[str, list[str]]):

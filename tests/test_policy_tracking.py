@@ -30,13 +30,20 @@ def params():
     return random_params(CONFIG, seed=3)
 
 
+# Each takes a minute of compiling; two have all that there is to a policy.
+EVERY = [
+    name if name in ("samurai", "sam2long") else pytest.param(name, marks=pytest.mark.slow)
+    for name in OTHERS
+]
+
+
 def test_every_policy_is_tried():
     assert set(POLICIES) == {"sam2", *OTHERS}
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_steps_chunks_and_objects_agree(params, name):
-    """A whole clip in one program, frame by frame, and each object alone; in constant memory."""
+    """A whole clip in one program, and frame by frame; in constant memory."""
     policy, frames = OTHERS[name], clip(LENGTH)
     before = scan._track._cache_size()
     last, whole = sam2jax.track(MODEL, params, frames, TWO, policy=policy)
@@ -45,18 +52,25 @@ def test_steps_chunks_and_objects_agree(params, name):
     assert shapes[0] == shapes[1]
     singles = []
     for t, frame in enumerate(frames):
-        given = TWO if t == 0 else None
+        given = TWO if t == 0 else Prompts.none(2, width=2)
         state, out = sam2jax.step(MODEL, params, state, frame, given, policy=policy)
         singles.append(out)
     assert_same(stack(singles), whole)
     sam2jax.track(MODEL, params, frames[::-1], TWO, policy=policy)
     assert scan._track._cache_size() == before + 1
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_objects_do_not_know_of_each_other(params, name):
+    policy, frames = OTHERS[name], clip(LENGTH)
+    _, both = sam2jax.track(MODEL, params, frames, TWO, policy=policy)
     alone = Prompts.make(points=[[(30, 18)]], width=2)
     _, one = sam2jax.track(MODEL, params, frames, alone, policy=policy)
-    np.testing.assert_allclose(one.masks[:, 0], whole.masks[:, 0], atol=1e-4)
+    np.testing.assert_allclose(one.masks[:, 0], both.masks[:, 0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_policies_differ(params):
     """What is compared above is not SAM 2's rule five times."""
     frames = clip(LENGTH)
@@ -66,6 +80,7 @@ def test_policies_differ(params):
         assert np.abs(np.asarray(out.masks) - plain.masks).max() > 1e-3, name
 
 
+@pytest.mark.slow
 def test_sam2_with_its_options(params):
     """As the same options of the model."""
     frames, options = clip(LENGTH), {"memory_temporal_stride_for_eval": 2}
@@ -113,6 +128,7 @@ def test_answers_are_read_back_along_the_best_lineage(params):
     assert crossed, "the best lineage was the best all the time"
 
 
+@pytest.mark.slow
 def test_gradients_pass(params):
     frames = np.asarray(sam2jax.ops.resize.preprocess_image(jnp.asarray(clip(3)), 64))
 
@@ -124,6 +140,7 @@ def test_gradients_pass(params):
         assert np.isfinite(gradient).all() and np.abs(gradient[0]).max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_predictor_answers_as_track_does(params, name):
     policy, frames = OTHERS[name], clip(LENGTH)

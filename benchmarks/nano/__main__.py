@@ -14,8 +14,10 @@ import pathlib
 import subprocess
 import sys
 
+import ml_dtypes
+
 from sam2jax.config import NANO
-from sam2jax.convert import convert
+from sam2jax.convert import read, write
 from sam2jax.io.checkpoints import WEIGHTS
 from sam2jax.training.config import read_config
 from sam2jax.training.loop import CHECKPOINTS, MODEL_FILE
@@ -49,8 +51,14 @@ def main() -> None:
         model = run(stage)
         print(f"{stage}: {model}", flush=True)
     if given.ship:
-        shipped = WEIGHTS / f"{NANO.name}.safetensors"
-        print(convert(model, shipped, dtype="bfloat16"), shipped, sep="\n")
+        ship(model)
+
+
+def ship(model: pathlib.Path) -> None:
+    """Stores a model in the package, at the size of its last stage."""
+    WEIGHTS.mkdir(exist_ok=True)
+    params = {k: v.astype(ml_dtypes.bfloat16) for k, v in read(model).params().items()}
+    write(WEIGHTS / f"{NANO.name}.safetensors", params, NANO)
 
 
 if __name__ == "__main__":

@@ -64,4 +64,4 @@ def _draw_dots(draw, right: int, middle: int, object_ids: Sequence[int], hidden:
         x -= 16
         if is_hidden:
             draw.text((x + 6, middle), "hidden", _INK, font_size=11, anchor="rm")
-            x -= 38
+            x -= 46
