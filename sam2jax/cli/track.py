@@ -131,10 +131,12 @@ def track(
        {"object": 3, "frame": 60, "mask": "mask.png"}]
     """
     with errors_told(), contextlib.ExitStack() as stack:
+        from sam2jax.io.video import Video
+
         table = read_prompts(point or (), box or (), mask or (), prompts)
         chosen = read_policy(policy)
         clip = _open(stack, video, table, raw, reverse)
-        if explain is not None and not hasattr(clip, "__len__"):
+        if explain is not None and not isinstance(clip, Video):
             raise ValueError("--explain draws a whole video, and a live stream has no end.")
         mask_prompts = read_masks(table, clip.height, clip.width)
         sinks = _open_sinks(stack, clip, table, out, masks)
@@ -155,7 +157,7 @@ def track(
         for result in _run(job, out is not None, quiet):
             for sink in sinks:
                 sink(result)
-        if explainer is not None:
+        if explainer is not None and isinstance(clip, Video):
             explainer.write(clip)
 
 

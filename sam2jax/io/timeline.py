@@ -76,7 +76,7 @@ def timeline(looked: Sequence[Sequence[Looked]], object_ids: Sequence[int]) -> n
             for column, (value, label) in enumerate(zip(values, labels, strict=True)):
                 left = _LABEL + column * cell
                 box = (left, top, left + cell, top + _LINE)
-                fill = tuple(ramp(np.float32(value)).tolist()) if value >= 0 else _PAPER
+                fill = tuple(ramp(np.asarray(value, np.float32)).tolist()) if value >= 0 else _PAPER
                 draw.rectangle(box, fill=fill, outline=_GRID)
                 ink = _PAPER if value > 0.5 else _INK
                 draw.text((left + 2, top + 1), label, ink, font_size=10)
