@@ -7,7 +7,6 @@ named and shaped as the checkpoint would have it, so that what is wrong is said 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -157,7 +156,6 @@ def expected_shapes(config: SAM2Config, layout: Layout) -> dict[str, tuple[int, 
     return {key: value.shape for key, value in from_params(params, layout).items()}
 
 
-@functools.lru_cache(maxsize=16)
 def _param_shapes(config: SAM2Config) -> dict[str, tuple[int, ...]]:
     try:
         tree = param_shapes(config)

@@ -272,6 +272,7 @@ def test_track(tmp_path, sam2jax_cli, checkpoint):
             np.testing.assert_array_equal(np.asarray(image) == 1, logits > 0)
 
 
+@pytest.mark.slow
 def test_track_with_another_policy(tmp_path, sam2jax_cli, checkpoint):
     frames = write_folder(tmp_path / "frames", [f"{i:05d}.png" for i in range(4)])
     given = ["track", frames, "--checkpoint", checkpoint, "--point", "20,30", "-q"]

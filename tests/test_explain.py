@@ -72,7 +72,9 @@ def test_the_mass_is_that_of_the_weights(heads):
     np.testing.assert_allclose(pointed, expected[:, slots:], atol=1e-5)
 
 
-@pytest.mark.parametrize("policy", [memory.SAM2, memory.sam2long(lineages=2)])
+@pytest.mark.parametrize(
+    "policy", [memory.SAM2, pytest.param(memory.sam2long(lineages=2), marks=pytest.mark.slow)]
+)
 def test_an_explained_answer_is_the_same(policy):
     params = random_params(CONFIG, seed=3)
     frames = clip(LENGTH)

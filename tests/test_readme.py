@@ -81,6 +81,7 @@ def test_nothing_is_left_out():
     assert len(SNIPPETS) == README.count("```") / 2
 
 
+@pytest.mark.slow
 def test_commands(folder, monkeypatch):
     monkeypatch.chdir(folder)
     ours = [line for line in COMMANDS if line.startswith("sam2jax ")]
@@ -114,6 +115,7 @@ def test_other_commands_are_those_that_ci_runs_or_modules_that_exist():
             assert line in checks
 
 
+@pytest.mark.slow
 def test_python(folder, monkeypatch):
     monkeypatch.chdir(folder)
     names: dict = {}
@@ -129,6 +131,7 @@ def python_in(text: str) -> str:
     return "".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
 
 
+@pytest.mark.slow
 def test_the_guide_to_policies(folder, monkeypatch):
     """Its own policy reads what it says, and is short."""
     monkeypatch.chdir(folder)

@@ -7,6 +7,7 @@ everything else is objects.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -195,6 +196,7 @@ class SAM2(nn.Module):
         )
 
 
+@functools.lru_cache(maxsize=16)
 def param_shapes(config: SAM2Config) -> Any:
     """The parameter tree of a model as nested dicts of `jax.ShapeDtypeStruct`."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

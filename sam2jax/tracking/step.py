@@ -95,7 +95,8 @@ def condition(
     """Remembers a prompted frame out of turn, typically one that lies ahead.
 
     The official predictor encodes all prompted frames before it tracks; the frames tracked after
-    this see it, wherever it lies. When its turn comes, `step` is given the same prompts again.
+    this see it, wherever it lies. When its turn comes, `step` is given the same prompts again, and
+    only then does the policy judge its answer.
 
     Args:
       model, params, state, frame: as in `step`.

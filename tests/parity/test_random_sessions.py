@@ -91,7 +91,8 @@ ROUND = st.tuples(
     st.lists(OTHERS, max_size=1),
 ).map(lambda parts: [call for part in parts for call in part])
 SEQUENCES = st.lists(ROUND, min_size=2, max_size=3).map(lambda rounds: sum(rounds, []))
-OPTIONS = st.fixed_dictionaries({name: st.booleans() for name in PREDICTOR_OPTIONS})
+SWITCHES = [name for name in PREDICTOR_OPTIONS if name != "policy"]
+OPTIONS = st.fixed_dictionaries({name: st.booleans() for name in SWITCHES})
 
 
 @pytest.mark.parametrize("model", MODELS)
