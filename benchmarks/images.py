@@ -1,34 +1,34 @@
-"""Speed on images beside the official package: same weights, same picture, in turn.
+"""Images: encoding, one point, 64 points, and automatic masks.
 
-python -m benchmarks.images PICTURE [--variant NAME] [--image-size N] [--runs N] [--side N]
-
-Encoding, one point, 64 points, and automatic masks. Weights are random and draw masks over the
-whole picture, so automatic masks are thresholded where their peaks are: at `--threshold`, with
-stability thresholds under which the printed numbers of masks survive on both sides. Answers are
-compared before a time is believed. Needs the parity extra.
+The weights draw masks over the whole picture, so automatic masks are cut where their peaks are,
+with stability and overlap thresholds under which 100 to 300 of them survive on both sides.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import time
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 
 import sam2jax
-from benchmarks.timing import HEADER, Comparison, compare, save
-from sam2jax.config import VARIANTS, SAM2Config
+from benchmarks.checks import believe
+from benchmarks.settings import SEED, Settings
+from benchmarks.timing import Row, compare, seconds
+from sam2jax.config import SAM2Config
 from sam2jax.io.images import read_image
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.testing import random_params
-from tests import oracle
-from tests.parity.pairs import LOGITS, assert_close
 
-SEED = 3  # of the weights
+AUTOMATIC = {
+    "pred_iou_thresh": 0.5,
+    "mask_threshold": 1.6,
+    "stability_score_offset": 0.02,
+    "stability_score_thresh": 0.5,
+    "box_nms_thresh": 0.95,  # these masks are much alike
+}
+WARM_SIDE = 8  # points per side of the run that compiles
 
 
 def points(count: int, image: np.ndarray) -> dict[str, np.ndarray]:
@@ -38,78 +38,87 @@ def points(count: int, image: np.ndarray) -> dict[str, np.ndarray]:
     return {"point_coords": coords * size, "point_labels": np.ones((count, 1), np.int32)}
 
 
-def rows(config: SAM2Config, image: np.ndarray, given: Any) -> Iterator[Comparison]:
-    official = oracle.build(config, SEED)
+def picture(settings: Settings) -> np.ndarray:
+    if settings.picture:
+        return read_image(settings.picture)
+    from sam2jax.training.data.config import HELD_OUT
+    from sam2jax.training.data.procedural import procedural_clip
+
+    size = settings.first.image_size
+    return procedural_clip(HELD_OUT.scene, 0, image_size=size, num_frames=1).frames[0]
+
+
+def rows(settings: Settings) -> Iterator[Row]:
+    config, image = settings.first, picture(settings)
     model, params = SAM2(config), random_params(config, SEED)
-    theirs = oracle.image_predictor(official)
     ours = sam2jax.SAM2ImagePredictor(model, params)
+    theirs = Official(config, settings.compiled) if settings.official else None
+    exact = None
+    if theirs and config.dtype != "float32":
+        exact = Official(settings.exact, compiled=False)
+        exact.set_image(image)
 
     def embed() -> None:
         ours.set_image(image)
         ours.get_image_embedding()  # waits
 
-    with torch.inference_mode():
-        yield compare("encode", lambda: theirs.set_image(image), embed, given.runs)
-        for count in (1, 64):
-            prompts = points(count, image)
-            answers = [p.predict(**prompts, return_logits=True)[2] for p in (theirs, ours)]
-            assert_close(answers[1], answers[0], LOGITS, f"{count} points")
-            yield compare(
-                f"points: {count}",
-                lambda prompts=prompts: theirs.predict(**prompts),
-                lambda prompts=prompts: ours.predict(**prompts),
-                given.runs,
-            )
-        yield automatic(official, model, params, image, given)
+    official = theirs and functools.partial(theirs.set_image, image)
+    yield compare("encode a picture", official, embed, settings.runs)
+    for count in (1, 64):
+        given = points(count, image)
+        name = f"{count} points"
+        official = theirs and functools.partial(theirs.predict, **given)
+        if theirs:
+            answers = [
+                side and side.predict(**given, return_logits=True)[2]
+                for side in (ours, theirs, exact)
+            ]
+            believe(name, *answers)
+        yield compare(name, official, functools.partial(ours.predict, **given), settings.runs)
+    yield automatic(theirs, model, params, image, settings.side)
 
 
-def automatic(official: Any, model: SAM2, params: Any, image: np.ndarray, given: Any) -> Comparison:
+class Official:
+    """The official image predictor and mask generator."""
+
+    def __init__(self, config: SAM2Config, compiled: bool) -> None:
+        from benchmarks import official
+        from tests import oracle
+
+        self.model = official.build(config, compiled)
+        self.runner = functools.partial(official.runner, config)
+        self.predictor = oracle.image_predictor(self.model)
+        self.generator = functools.partial(oracle.mask_generator, self.model)
+
+    def set_image(self, image: np.ndarray) -> None:
+        self.runner(lambda: self.predictor.set_image(image))()
+
+    def predict(self, **given: Any) -> Any:
+        return self.runner(lambda: self.predictor.predict(**given))()
+
+    def generate(self, image: np.ndarray, **options: Any) -> list[dict[str, Any]]:
+        return self.runner(lambda: self.generator(**options).generate(image))()
+
+
+def automatic(
+    theirs: Official | None, model: SAM2, params: Any, image: np.ndarray, side: int
+) -> Row:
     """Timed once: it takes minutes."""
-    options = {
-        "points_per_side": given.side,
-        "pred_iou_thresh": given.iou,
-        "mask_threshold": given.threshold,
-        "stability_score_offset": 0.02,
-        "stability_score_thresh": given.stability,
-        "box_nms_thresh": given.nms,
-    }
-    theirs = oracle.mask_generator(official, **options)
-    ours = sam2jax.SAM2AutomaticMaskGenerator(model, params, **options)
-    # Compiles everything, and is not timed.
-    few = {**options, "points_per_side": 8}
-    sam2jax.SAM2AutomaticMaskGenerator(model, params, **few).generate(image)
-    seconds, found = [], []
-    for side in (theirs, ours):
-        start = time.perf_counter()
-        found.append(len(side.generate(image)))
-        seconds.append(time.perf_counter() - start)
-    print(f"automatic masks: {found[0]} official, {found[1]} ours")
-    if abs(found[0] - found[1]) > 0.02 * found[0]:
-        raise AssertionError("the numbers of masks differ")
-    return Comparison("automatic", seconds[0], seconds[1], seconds[0] / seconds[1], 1)
 
+    def ours(side: int) -> list[dict[str, Any]]:
+        options = AUTOMATIC | {"points_per_side": side}
+        return sam2jax.SAM2AutomaticMaskGenerator(model, params, **options).generate(image)
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("picture")
-    parser.add_argument("--variant", default="sam2.1_hiera_tiny", choices=VARIANTS)
-    parser.add_argument("--image-size", type=int, default=1024)
-    parser.add_argument("--runs", type=int, default=3, help="pairs of runs per row")
-    parser.add_argument("--side", type=int, default=32, help="points per side")
-    parser.add_argument("--iou", type=float, default=0.5)
-    parser.add_argument("--threshold", type=float, default=1.6)
-    parser.add_argument("--stability", type=float, default=0.5)
-    parser.add_argument("--nms", type=float, default=0.95, help="random masks are much alike")
-    given = parser.parse_args()
-    config = dataclasses.replace(VARIANTS[given.variant], image_size=given.image_size)
-    print(f"{given.variant}, {given.image_size} px\n{HEADER}", flush=True)
-    measured = []
-    for row in rows(config, read_image(given.picture), given):
-        measured.append(row)
-        print(row, flush=True)
-    settings = {name: value for name, value in vars(given).items() if name != "picture"}
-    print("written to", save(f"images-{given.variant}-{given.image_size}", settings, measured))
-
-
-if __name__ == "__main__":
-    main()
+    ours(WARM_SIDE)
+    found: list[int] = []
+    mine = seconds(lambda: found.append(len(ours(side))))
+    if theirs is None:
+        return Row(f"automatic masks ({found[0]})", None, mine)
+    theirs.generate(image, **AUTOMATIC, points_per_side=WARM_SIDE)
+    official = seconds(
+        lambda: found.append(len(theirs.generate(image, **AUTOMATIC, points_per_side=side)))
+    )
+    if abs(found[0] - found[1]) > max(0.02 * found[1], 1):
+        raise AssertionError(f"automatic masks: {found[1]} official ones, {found[0]} of ours")
+    name = f"automatic masks ({found[1]} and {found[0]})"
+    return Row(name, official, mine, official / mine)

@@ -1,22 +1,12 @@
-"""What another object costs, beside the official package: same weights, same frames, in turn.
+"""What another object costs: both video predictors track objects with full memory banks.
 
-python -m benchmarks.objects [--variant NAME] [--image-size N] [--dtype bfloat16]
-                             [--objects 1 2 4 8 16] [--frames N] [--runs N]
-
-Both video predictors track objects with full memory banks: one conditioning frame, six recent
-ones, sixteen object pointers. Prints seconds per frame for each number of objects, and the slope of
-a line through them: the cost of an added object. The ratio is official time over ours. A time is
-believed after the answers have agreed. The weights are random, which changes nothing about the
-work. On an accelerator ours takes eight frames at once: ask for --frames 8. On a machine that is
-not idle set OMP_WAIT_POLICY=passive: PyTorch's threads spin otherwise, and it is slowed most. Needs
-the parity extra.
+Seconds per frame for each number of objects, and the slope of a line through them. On an
+accelerator ours takes eight frames at once: ask for --frames 8. On a machine that is not idle set
+OMP_WAIT_POLICY=passive: PyTorch's threads spin otherwise, and it is slowed most.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import dataclasses
 import itertools
 from collections.abc import Iterator
 
@@ -24,35 +14,40 @@ import jax
 import numpy as np
 
 import sam2jax
-from benchmarks.timing import HEADER, Comparison, compare, save
+from benchmarks.checks import believe
+from benchmarks.settings import SEED, Settings
+from benchmarks.timing import Row, compare
 from benchmarks.track import CLICK
-from sam2jax.config import VARIANTS, SAM2Config
+from sam2jax.config import SAM2Config
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.predictors.session import ObjectHistory
 from sam2jax.testing import random_params
-from tests import oracle
-from tests.parity.pairs import CLIP, assert_close, iou
 
-SEED = 7  # of the weights
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
 class Official:
     """The official predictor, tracking in a session whose objects share one full memory."""
 
-    def __init__(self, config: SAM2Config, frames: np.ndarray) -> None:
-        self.model = oracle.build(config, SEED)
+    def __init__(self, config: SAM2Config, frames: np.ndarray, compiled: bool) -> None:
+        from benchmarks import official
+
+        self.model = official.build(config, compiled)
+        self.running = lambda: official.running(config)
+        self.device = official.DEVICE
         self.images = (frames / np.float32(255) - MEAN) / STD
         self.full = config.max_obj_ptrs_in_encoder
-        self.bfloat16 = config.dtype == "bfloat16"
 
     def start(self, objects: int) -> None:
         """The prompted frame's memory becomes every object's, on all frames before the timed."""
+        from tests import oracle
+
         model = self.model
-        with self._autocast():
+        with self.running():
             state = oracle.init_state(model, self.images)
+            state["images"] = state["images"].to(self.device)
             points = np.float32([CLICK]) * model.image_size
-            oracle.prompt(model, state, obj_id=0, points=points, labels=[1])
+            model.add_new_points_or_box(state, 0, 0, points=points, labels=[1])
             model.propagate_in_video_preflight(state)
         first = state["output_dict_per_obj"][0]["cond_frame_outputs"][0]
         for obj in range(objects):
@@ -63,12 +58,9 @@ class Official:
 
     def track(self, frames: int) -> None:
         """Tracks the next frames; `masks` are the last one's: [N, 1, H, W]."""
-        with self._autocast():
+        with self.running():
             for _, _, masks in itertools.islice(self.answers, frames):
-                self.masks = masks.float().numpy()
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        return oracle.autocast() if self.bfloat16 else contextlib.nullcontext()
+                self.masks = masks.float().cpu().numpy()
 
 
 class Ours:
@@ -100,74 +92,41 @@ class Ours:
         jax.block_until_ready(jax.live_arrays())
 
 
-def rows(config: SAM2Config, counts: list[int], frames: int, runs: int) -> Iterator[Comparison]:
-    """Seconds per frame for each number of objects, then the cost of an added one."""
+def rows(settings: Settings) -> Iterator[Row]:
+    config, frames, runs = settings.first, settings.frames, settings.runs
     # One more run than those timed warms up; what ours begins ahead needs frames, too.
     length = config.max_obj_ptrs_in_encoder + frames * (runs + 2)
     shape = (length, config.image_size, config.image_size, 3)
     pictures = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    official, ours = Official(config, pictures), Ours(config, pictures)
-    exact = None
-    if config.dtype == "bfloat16":
-        exact = Official(dataclasses.replace(config, dtype="float32"), pictures)
+    ours, theirs, exact = Ours(config, pictures), None, None
+    if settings.official:
+        theirs = Official(config, pictures, settings.compiled)
+        if config.dtype != "float32":
+            exact = Official(settings.exact, pictures, compiled=False)
     measured = []
-    for count in counts:
-        sides = [official, ours, exact] if exact else [official, ours]
-        for side in sides:
+    for count in settings.objects:
+        for side in filter(None, (ours, theirs, exact)):
             side.start(count)
         row = compare(
-            f"objects: {count}", lambda: official.track(frames), lambda: ours.track(frames), runs
+            f"{count} objects: frame",
+            theirs and (lambda: theirs.track(frames)),
+            lambda: ours.track(frames),
+            runs,
         )
         if exact:
             exact.track(frames * (runs + 1))
-        check(*(side.masks for side in sides))
-        row = dataclasses.replace(row, official=row.official / frames, ours=row.ours / frames)
-        measured.append(row)
-        yield row
-    if len(counts) > 1:
-        theirs = slope(counts, [row.official for row in measured])
-        mine = slope(counts, [row.ours for row in measured])
-        yield Comparison("an added object", theirs, mine, theirs / mine, runs)
+        if theirs:
+            believe(row.name, ours.masks, theirs.masks, exact and exact.masks)
+        measured.append(row.per(frames))
+        yield measured[-1]
+    if len(measured) > 1:
+        mine = slope(settings.objects, [row.ours for row in measured])
+        if theirs is None:
+            yield Row("an added object", None, mine)
+        else:
+            official = slope(settings.objects, [row.official for row in measured])
+            yield Row("an added object", official, mine, official / mine)
 
 
-def slope(counts: list[int], seconds: list[float]) -> float:
+def slope(counts: tuple[int, ...], seconds: list[float]) -> float:
     return float(np.polyfit(counts, seconds, 1)[0])
-
-
-def check(official: np.ndarray, ours: np.ndarray, exact: np.ndarray | None = None) -> None:
-    """The design's bars. In bfloat16, no further from official float32 than 1.5 times autocast."""
-    if exact is None:
-        assert_close(ours, official, CLIP, "mask logits")
-        assert iou(ours > 0, official > 0) > 0.999
-    else:
-        assert distance(ours, exact) <= 1.5 * distance(official, exact)
-
-
-def distance(one: np.ndarray, other: np.ndarray) -> float:
-    """Root mean square difference."""
-    return float(np.sqrt(np.mean((one - other) ** 2)))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variant", default="sam2.1_hiera_tiny", choices=VARIANTS)
-    parser.add_argument("--image-size", type=int, default=1024)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--objects", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--frames", type=int, default=1, help="per run")
-    parser.add_argument("--runs", type=int, default=3, help="pairs of runs per row")
-    given = parser.parse_args()
-    config = dataclasses.replace(
-        VARIANTS[given.variant], image_size=given.image_size, dtype=given.dtype
-    )
-    print(f"{given.variant}, {given.image_size} px, {given.dtype}\n{HEADER}", flush=True)
-    measured = []
-    for row in rows(config, given.objects, given.frames, given.runs):
-        measured.append(row)
-        print(row, flush=True)
-    name = f"objects-{given.variant}-{given.image_size}-{given.dtype}"
-    print("written to", save(name, vars(given), measured))
-
-
-if __name__ == "__main__":
-    main()

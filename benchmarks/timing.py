@@ -3,72 +3,127 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import pathlib
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 RESULTS = pathlib.Path(__file__).parent / "results"
+PRODUCT = 4096  # rows and columns of the product that a device's rate is measured by
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Medians over paired runs, in seconds."""
+class Row:
+    """Medians over paired runs. Where the official package is missing, its figures are None."""
 
     name: str
-    official: float
+    official: float | None
     ours: float
-    ratio: float  # median of official / ours; above 1: ours is faster
-    runs: int
+    ratio: float | None = None  # median of official / ours; above 1: ours is faster, or smaller
+    spread: tuple[float, float] | None = None  # least and greatest of the paired ratios
+    runs: int = 1
+    share: float | None = None  # of the device's rate of matrix products, of ours
+    unit: str = "s"
+
+    def per(self, count: int, name: str | None = None) -> Row:
+        """Of one among `count` that were timed together."""
+        official = None if self.official is None else self.official / count
+        changed = {"official": official, "ours": self.ours / count, "name": name or self.name}
+        return dataclasses.replace(self, **changed)
 
     def __str__(self) -> str:
-        return f"{self.name:<24} {self.official:10.4f} {self.ours:10.4f} {self.ratio:8.2f}"
+        spread = "" if self.spread is None else "{:.2f} to {:.2f}".format(*self.spread)
+        cells = [
+            f"{self.name:<34}",
+            " " * 10 if self.official is None else f"{self.official:10.4f}",
+            f"{self.ours:10.4f}",
+            f"{self.unit:>4}",
+            " " * 7 if self.ratio is None else f"{self.ratio:7.2f}",
+            f"{spread:>14}",
+            "" if self.share is None else f"{self.share:7.0%}",
+        ]
+        return " ".join(cells).rstrip()
 
 
-HEADER = f"{'seconds':<24} {'official':>10} {'sam2jax':>10} {'ratio':>8}"
+HEADER = (
+    f"{'':<34} {'official':>10} {'sam2jax':>10} {'':>4} {'ratio':>7} {'spread':>14} {'share':>7}"
+)
 
 
 def compare(
-    name: str, official: Callable[[], Any], ours: Callable[[], Any], runs: int
-) -> Comparison:
+    name: str, official: Callable[[], Any] | None, ours: Callable[[], Any], runs: int
+) -> Row:
     """Runs both once to warm up, then in turn. Each returns when its work is done."""
-    official(), ours()
-    times = [(_seconds(official), _seconds(ours)) for _ in range(runs)]
-    theirs, mine = (statistics.median(column) for column in zip(*times, strict=True))
-    ratio = statistics.median(a / b for a, b in times)
-    return Comparison(name, theirs, mine, ratio, runs)
+    both = [run for run in (official, ours) if run is not None]
+    for run in both:
+        run()
+    times = [[seconds(run) for run in both] for _ in range(runs)]
+    medians = [statistics.median(column) for column in zip(*times, strict=True)]
+    if official is None:
+        return Row(name, None, medians[0], runs=runs)
+    ratios = [theirs / mine for theirs, mine in times]
+    spread = min(ratios), max(ratios)
+    return Row(name, medians[0], medians[1], statistics.median(ratios), spread, runs)
 
 
-def _seconds(run: Callable[[], Any]) -> float:
+def seconds(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def save(name: str, settings: dict[str, Any], rows: list[Comparison]) -> pathlib.Path:
-    """Writes results/NAME.json."""
-    import jax
-    import torch
+def with_share(row: Row, operations: float, rate: float) -> Row:
+    """With the share of the device's rate that so many operations in our time are."""
+    return dataclasses.replace(row, share=operations / row.ours / rate)
 
+
+def operations(program: Callable, *args: Any, **options: Any) -> float:
+    """Floating point operations of a jitted function's program, as XLA counts them."""
+    counted = program.lower(*args, **options).compile().cost_analysis()
+    return float(counted["flops"])
+
+
+def matrix_rate(dtype: str, runs: int = 5) -> float:
+    """Operations a second that the device reaches in one large product, the best of some runs."""
+    left, right = jax.random.normal(jax.random.key(0), (2, PRODUCT, PRODUCT), jnp.dtype(dtype))
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+
+    def run() -> None:
+        jax.block_until_ready(product(left, right))
+
+    run()
+    return 2 * PRODUCT**3 / min(seconds(run) for _ in range(runs))
+
+
+def machine() -> dict[str, Any]:
+    """What the figures hold for."""
+    packages = ("jax", "jaxlib", "flax", "numpy", "torch", "sam2")
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": jax.devices()[0].device_kind,
+        "processor": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": versions,
+    }
+
+
+def save(name: str, settings: dict[str, Any], rows: Iterable[Row]) -> pathlib.Path:
+    """Writes results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    record = {
-        "settings": settings,
-        "machine": {
-            "processor": platform.machine(),
-            "cores": len(os.sched_getaffinity(0)),
-            "jax_device": jax.devices()[0].device_kind,
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "torch": torch.__version__,
-        },
-        "rows": [dataclasses.asdict(row) for row in rows],
-    }
+    record = {**machine(), "settings": settings, "rows": [dataclasses.asdict(row) for row in rows]}
     path.write_text(json.dumps(record, indent=2) + "\n")
     return path

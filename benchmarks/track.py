@@ -1,16 +1,11 @@
-"""Speed of tracking beside the official package: same weights, same frames, in turn.
+"""One object, tracked: the image encoder, memory attention with one memory and with all, the whole
+frame step by step, and several frames as one program.
 
-python -m benchmarks.track [--variant NAME] [--image-size N] [--dtype bfloat16] [--frames N]
-
-One object, full memory bank: one conditioning frame, six recent ones, sixteen object pointers.
-Prints seconds per stage and per frame; the ratio is official time over ours. The weights are
-random, which changes nothing about the work. Needs the parity extra.
+The bank is full: a conditioning frame, six recent ones, sixteen object pointers.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -19,152 +14,86 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 
 import sam2jax
-from benchmarks.timing import HEADER, Comparison, compare, save
-from sam2jax.config import VARIANTS, SAM2Config
+from benchmarks.checks import believe
+from benchmarks.settings import SEED, Settings
+from benchmarks.timing import Row, compare, matrix_rate, operations, with_share
+from sam2jax.config import SAM2Config
+from sam2jax.memory import official as official_rule
 from sam2jax.nn.sam2 import SAM2
-from sam2jax.ops.resize import resize_masks
 from sam2jax.testing import random_params
-from sam2jax.types import MemoryRead
-from tests import oracle
 
 CLICK = (0.22, 0.65)  # as shares of the frame
 
 
-class Official:
-    """The official model with a full bank, and its stages as functions without arguments."""
-
-    def __init__(self, config: SAM2Config, frames: np.ndarray, full: int) -> None:
-        self.config, self.full, self.next = config, full, full
-        self.model = oracle.build(config, seed=7)
-        self.autocast = (
-            oracle.autocast() if config.dtype == "bfloat16" else contextlib.nullcontext()
-        )
-        with torch.inference_mode(), self.autocast:
-            self.state = oracle.init_state(self.model, frames)
-            point = np.array(CLICK) * config.image_size
-            oracle.prompt(self.model, self.state, points=point[None], labels=[1])
-            self.model.propagate_in_video_preflight(self.state)
-            self._fill()
-            self._keep_one_frame()
-
-    def _fill(self) -> None:
-        """Puts the prompted frame's memory in the place of those of the frames after it."""
-        held = self.state["output_dict_per_obj"][0]
-        for index in range(1, self.full):
-            held["non_cond_frame_outputs"][index] = held["cond_frame_outputs"][0]
-
-    def _keep_one_frame(self) -> None:
-        """What the stages are fed."""
-        model, size = self.model, self.config.feature_size
-        image = self.state["images"][:1]
-        backbone = model._prepare_backbone_features(model.forward_image(image))
-        _, self.features, self.positions, self.sizes = backbone
-        self.image = image
-        self.map = self.features[-1].permute(1, 2, 0).reshape(1, -1, size, size)
-        self.high_res = [
-            x.permute(1, 2, 0).reshape(1, -1, *s)
-            for x, s in zip(self.features[:-1], self.sizes[:-1], strict=True)
-        ]
-        self.masks = torch.randn(1, 1, self.config.image_size, self.config.image_size)
-        self.score = torch.ones(1, 1)
-
-    def stages(self) -> dict[str, Callable[[], Any]]:
-        return {
-            "image encoder": lambda: self.model.forward_image(self.image),
-            "memory attention": lambda: self.model._prepare_memory_conditioned_features(
-                frame_idx=self.full,
-                is_init_cond_frame=False,
-                current_vision_feats=self.features[-1:],
-                current_vision_pos_embeds=self.positions[-1:],
-                feat_sizes=self.sizes[-1:],
-                output_dict=self.state["output_dict_per_obj"][0],
-                num_frames=self.state["num_frames"],
-            ),
-            "heads": lambda: self.model._forward_sam_heads(
-                self.map, high_res_features=self.high_res, multimask_output=True
-            ),
-            "memory encoder": lambda: self.model._encode_new_memory(
-                self.features, self.sizes, self.masks, self.score, is_mask_from_pts=False
-            ),
-        }
-
-    def frame(self) -> Any:
-        """Tracks the next frame, with the bank full as ever."""
-        self.state["cached_features"] = {}
-        out, _ = self.model._run_single_frame_inference(
-            inference_state=self.state,
-            output_dict=self.state["output_dict_per_obj"][0],
-            frame_idx=self.full,
-            batch_size=1,
-            is_init_cond_frame=False,
-            point_inputs=None,
-            mask_inputs=None,
-            reverse=False,
-            run_mem_encoder=True,
-        )
-        return out
-
-    def run(self, stage: Callable[[], Any]) -> None:
-        with torch.inference_mode(), self.autocast:
-            stage()
+def noise(config: SAM2Config, count: int) -> np.ndarray:
+    """Frames as the models see them, resized and normalised: [T, S, S, 3] float32."""
+    shape = (count, config.image_size, config.image_size, 3)
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
 class Ours:
-    """Our model in the same situation."""
+    """Our model, with a bank of one memory and with a full one."""
 
-    def __init__(self, config: SAM2Config, frames: np.ndarray, full: int) -> None:
-        self.model, self.params = SAM2(config), random_params(config, seed=7)
+    def __init__(self, config: SAM2Config, frames: np.ndarray) -> None:
+        full = config.max_obj_ptrs_in_encoder
+        self.model, self.params = SAM2(config), random_params(config, SEED)
         self.frames = jnp.asarray(frames[full:])
-        state = sam2jax.init_state(self.model, 1, len(frames), max_cond_frames=1)
-        prompts = sam2jax.Prompts.make(points=[[np.array(CLICK) * config.image_size]])
-        state, _ = sam2jax.step(self.model, self.params, state, frames[0], prompts)
-        self.state = _full_state(state, full)
-        self._keep_one_frame(config)
-
-    def _keep_one_frame(self, config: SAM2Config) -> None:
         self.image = self.frames[:1]
-        self.features = self._apply(_encode, self.image)
-        bank, rng = self.state.bank, np.random.default_rng(0)
-        slots, pointers = config.num_maskmem, config.max_obj_ptrs_in_encoder
-        self.memory = MemoryRead(
-            spatial=jnp.tile(bank.cond_spatial, (1, slots, 1, 1)),
-            spatial_tpos=jnp.arange(slots, dtype=jnp.int32)[None],
-            spatial_frame=jnp.arange(slots, dtype=jnp.int32)[None],
-            num_spatial=jnp.full(1, slots, jnp.int32),
-            pointers=jnp.tile(bank.cond_pointer, (1, pointers, 1)),
-            pointer_position=jnp.linspace(0, 1, pointers)[None],
-            pointer_frame=jnp.arange(pointers, dtype=jnp.int32)[None],
-            num_pointers=jnp.full(1, pointers, jnp.int32),
-        )
-        size = config.image_size
-        self.masks = jnp.asarray(rng.standard_normal((1, size, size)), jnp.float32)
+        state = sam2jax.init_state(self.model, 1, len(frames), max_cond_frames=1)
+        point = np.array(CLICK) * config.image_size
+        prompts = sam2jax.Prompts.make(points=[[point]])
+        one, _ = sam2jax.step(self.model, self.params, state, frames[0], prompts)
+        self.states = {1: one, config.num_maskmem: fill(one, full)}
+        self.full = self.states[config.num_maskmem]
+        self.features = self._run(encode, self.image)
 
-    def _apply(self, stage: Callable, *args: Any) -> Any:
-        return jax.block_until_ready(_apply(self.model, self.params, *args, stage=stage))
+    def _run(self, stage: Callable, *args: Any) -> Any:
+        return jax.block_until_ready(run_stage(self.model, self.params, *args, stage=stage))
 
-    def stages(self) -> dict[str, Callable[[], Any]]:
-        return {
-            "image encoder": lambda: self._apply(_encode, self.image),
-            "memory attention": lambda: self._apply(_attend, self.features, self.memory),
-            "heads": lambda: self._apply(_decode, self.features),
-            "memory encoder": lambda: self._apply(_remember, self.features, self.masks),
-        }
+    def encode(self) -> jax.Array:
+        """[1, H, W, C]"""
+        return self._run(encode, self.image).features
 
-    def frame(self) -> Any:
-        return jax.block_until_ready(
-            sam2jax.step(self.model, self.params, self.state, self.frames[0])
-        )
+    def attend(self, memories: int) -> jax.Array:
+        """[1, H, W, C]"""
+        return self._run(attend, self.features, self.states[memories])
+
+    def frame(self) -> jax.Array:
+        """Mask logits [1, S/4, S/4] of the next frame."""
+        answer = sam2jax.step(self.model, self.params, self.full, self.frames[0])
+        return jax.block_until_ready(answer)[1].masks
 
     def clip(self) -> Any:
-        return jax.block_until_ready(
-            sam2jax.track(self.model, self.params, self.frames, None, self.state)
-        )
+        answer = sam2jax.track(self.model, self.params, self.frames, None, self.full)
+        return jax.block_until_ready(answer)[1].masks
+
+    def work(self, memories: int) -> dict[str, float]:
+        """Operations of what is timed."""
+        config = self.model.config
+        count = functools.partial(operations, run_stage, self.model, self.params)
+        encoder = count(self.image, stage=encode)
+        attention = attention_work(config, memories)
+        masks = jnp.zeros((1, config.image_size, config.image_size))
+        rest = count(self.features, stage=decode) + count(self.features, masks, stage=remember)
+        return {"encoder": encoder, "attention": attention, "frame": encoder + attention + rest}
 
 
-def _full_state(state: sam2jax.TrackState, full: int) -> sam2jax.TrackState:
+def attention_work(config: SAM2Config, memories: int) -> float:
+    """Of memory attention, as it is done here: values are attended to before they are projected.
+    XLA counts the body of a loop once, and would be wrong."""
+    sizes, queries, width = config.memory_attention, config.feature_size**2, config.hidden_dim
+    pointers = config.pointer_tokens * (config.max_obj_ptrs_in_encoder if memories > 1 else 1)
+    total = 0.0
+    for keys, depth in ((queries, width), (queries * memories + pointers, config.mem_dim)):
+        projections = 2 * queries * width * width + keys * depth * width + queries * depth * width
+        total += projections + queries * keys * (width + depth)
+    total += 2 * queries * width * sizes.mlp_dim
+    return 2 * total * sizes.num_layers
+
+
+def fill(state: sam2jax.TrackState, full: int) -> sam2jax.TrackState:
     """Fills the bank with copies of its conditioning frame, as frames 1 to `full` - 1."""
     bank = state.bank
     recent, pointers = bank.recent_frame.shape[1], bank.pointer_frame.shape[1]
@@ -180,79 +109,130 @@ def _full_state(state: sam2jax.TrackState, full: int) -> sam2jax.TrackState:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "stage"))
-def _apply(model: SAM2, params: Any, *args: Any, stage: Callable) -> Any:
+def run_stage(model: SAM2, params: Any, *args: Any, stage: Callable) -> Any:
     return model.apply({"params": params}, *args, method=stage)
 
 
-def _encode(model, images):
+def encode(model, images):
     return model.encode_image(images)
 
 
-def _attend(model, features, memory):
-    return model.condition_on_memory(features.features, memory)
+def attend(model, features, state):
+    read = jax.vmap(official_rule.read, in_axes=(None, 0, None, None, None))(
+        model.config, state.bank, state.frame_index, jnp.int32(1), state.num_frames
+    )
+    return model.condition_on_memory(features.features, read)
 
 
-def _decode(model, features):
-    """Decoder, choice of a mask, upsampling and pointer, as on a tracked frame."""
-    config = model.config
+def decode(model, features):
     high_res = (features.high_res_s0, features.high_res_s1)
     points, labels = jnp.zeros((1, 1, 2)), jnp.zeros((1, 1), jnp.int32)
-    none = jnp.zeros(1, jnp.int32)
-    found = model.decode_masks(features.features, high_res, points, labels, none)
-    best = jnp.argmax(found.ious[:, 1:], axis=-1) + 1
-    mask = jnp.take_along_axis(found.masks, best[:, None, None, None], axis=1)[:, 0]
-    token = jnp.take_along_axis(found.tokens, best[:, None, None], axis=1)[:, 0]
-    size = (config.image_size, config.image_size)
-    return resize_masks(mask, size), model.object_pointer(token, found.object_score > 0)
+    return model.decode_masks(features.features, high_res, points, labels, jnp.zeros(1, jnp.int32))
 
 
-def _remember(model, features, masks):
-    weights = jax.nn.sigmoid(masks) * 20.0 - 10.0
-    return model.encode_memory(features.features, weights, jnp.ones(1))
+def remember(model, features, masks):
+    return model.encode_memory(features.features, masks, jnp.ones(1))
 
 
-def rows(config: SAM2Config, frames: np.ndarray, full: int, runs: int) -> Iterator[Comparison]:
-    """Times everything, slowly; yields as it goes."""
-    official, ours = Official(config, frames, full), Ours(config, frames, full)
-    stages = ours.stages()
-    for name, stage in official.stages().items():
-        yield compare(name, lambda stage=stage: official.run(stage), stages[name], runs)
-    yield compare("frame, step by step", lambda: official.run(official.frame), ours.frame, runs)
-    count = len(frames) - full
+class Official:
+    """The official model in the same situations."""
 
-    def official_clip() -> None:
-        for _ in range(count):
-            official.run(official.frame)
+    def __init__(self, config: SAM2Config, frames: np.ndarray, compiled: bool) -> None:
+        from benchmarks import official
+        from tests import oracle
 
-    clip = compare(f"{count} frames, one program", official_clip, ours.clip, max(runs // 2, 1))
-    yield clip
-    yield dataclasses.replace(
-        clip, name="frame of these", official=clip.official / count, ours=clip.ours / count
-    )
+        self.config, self.full = config, config.max_obj_ptrs_in_encoder
+        self.model = official.build(config, compiled)
+        self.runner = functools.partial(official.runner, config)
+        with official.running(config):
+            self.state = oracle.init_state(self.model, frames)
+            self.state["images"] = self.state["images"].to(official.DEVICE)
+            point = np.array([CLICK], np.float32) * config.image_size
+            self.model.add_new_points_or_box(self.state, 0, 1, points=point, labels=[1])
+            self.model.propagate_in_video_preflight(self.state)
+            first = self.state["output_dict_per_obj"][0]["cond_frame_outputs"][0]
+            self.image = self.state["images"][self.full : self.full + 1]
+            backbone = self.model.forward_image(self.image)
+            _, self.features, self.positions, self.sizes = self.model._prepare_backbone_features(
+                backbone
+            )
+        before = dict.fromkeys(range(1, self.full), first)
+        one = {"cond_frame_outputs": {0: first}, "non_cond_frame_outputs": {}}
+        self.held = {1: one, config.num_maskmem: one | {"non_cond_frame_outputs": before}}
+        self.state["output_dict_per_obj"][0] = self.held[config.num_maskmem]
+
+    def encode(self) -> Callable[[], Any]:
+        return self.runner(lambda: self.model.forward_image(self.image)["backbone_fpn"][-1])
+
+    def attend(self, memories: int) -> Callable[[], Any]:
+        return self.runner(
+            lambda: self.model._prepare_memory_conditioned_features(
+                frame_idx=1 if memories == 1 else self.full,
+                is_init_cond_frame=False,
+                current_vision_feats=self.features[-1:],
+                current_vision_pos_embeds=self.positions[-1:],
+                feat_sizes=self.sizes[-1:],
+                output_dict=self.held[memories],
+                num_frames=self.state["num_frames"],
+            )
+        )
+
+    def frame(self) -> Callable[[], Any]:
+        """Tracks the next frame, with the bank full as ever."""
+
+        def run() -> Any:
+            self.state["cached_features"] = {}
+            out, _ = self.model._run_single_frame_inference(
+                inference_state=self.state,
+                output_dict=self.held[self.config.num_maskmem],
+                frame_idx=self.full,
+                batch_size=1,
+                is_init_cond_frame=False,
+                point_inputs=None,
+                mask_inputs=None,
+                reverse=False,
+                run_mem_encoder=True,
+            )
+            return out["pred_masks"][0]
+
+        return self.runner(run)
+
+    def clip(self, count: int) -> Callable[[], Any]:
+        run = self.frame()
+        return lambda: [run() for _ in range(count)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variant", default="sam2.1_hiera_tiny", choices=VARIANTS)
-    parser.add_argument("--image-size", type=int, default=1024)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--frames", type=int, default=4, help="timed in one program")
-    parser.add_argument("--runs", type=int, default=5, help="pairs of runs per row")
-    given = parser.parse_args()
-    config = dataclasses.replace(
-        VARIANTS[given.variant], image_size=given.image_size, dtype=given.dtype
-    )
-    full = config.max_obj_ptrs_in_encoder
-    shape = (full + given.frames, config.image_size, config.image_size, 3)
-    frames = np.random.default_rng(0).standard_normal(shape, np.float32)
-    print(f"{given.variant}, {given.image_size} px, {given.dtype}\n{HEADER}", flush=True)
-    measured = []
-    for row in rows(config, frames, full, given.runs):
-        measured.append(row)
-        print(row, flush=True)
-    name = f"track-{given.variant}-{given.image_size}-{given.dtype}"
-    print("written to", save(name, vars(given), measured))
+def rows(settings: Settings) -> Iterator[Row]:
+    rate = matrix_rate(settings.dtype)
+    for variant in settings.variants:
+        yield from of_variant(settings, variant, rate)
 
 
-if __name__ == "__main__":
-    main()
+def of_variant(settings: Settings, variant: str, rate: float) -> Iterator[Row]:
+    config = settings.config(variant)
+    frames, runs = noise(config, config.max_obj_ptrs_in_encoder + settings.frames), settings.runs
+    ours, theirs, exact = Ours(config, frames), None, None
+    if settings.official:
+        theirs = Official(config, frames, settings.compiled)
+        if config.dtype != "float32":
+            exact = Official(dataclasses.replace(config, dtype="float32"), frames, compiled=False)
+
+    def row(name: str, stage: str, *args: int) -> Row:
+        mine = functools.partial(getattr(ours, stage), *args)
+        official = getattr(theirs, stage)(*args) if theirs else None
+        if official:
+            reference = getattr(exact, stage)(*args)() if exact else None
+            believe(name, mine(), official(), reference, channels_last=stage != "frame")
+        return compare(name, official, mine, runs)
+
+    most = config.num_maskmem
+    work = ours.work(most)
+    yield with_share(row(f"{variant}: image encoder", "encode"), work["encoder"], rate)
+    for memories in (1, most):
+        name = f"{variant}: attention to {memories}"
+        yield with_share(row(name, "attend", memories), attention_work(config, memories), rate)
+    yield with_share(row(f"{variant}: frame", "frame"), work["frame"], rate)
+    count = settings.frames
+    clip = compare("", theirs and theirs.clip(count), ours.clip, max(runs // 2, 1))
+    name = f"{variant}: frame of {count} in one program"
+    yield with_share(clip.per(count, name), work["frame"], rate)

@@ -11,10 +11,13 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 
 from sam2jax.config import SAM2Config
+from sam2jax.training.prompts import Plan, sample_click
+from sam2jax.training.rollout import FrameItem, first_prompts, frame_items
 from tests import oracle
 
 
@@ -113,6 +116,39 @@ def build(config: SAM2Config, corrections: int, seed: int = 0) -> ScriptedTrain:
         elif hasattr(module, "dropout_p"):
             module.dropout_p = 0.0
     return model
+
+
+def scripted(frames: np.ndarray, masks: np.ndarray, plan: Plan, key: jax.Array) -> Script:
+    """What our side draws for this plan and key, for the official one."""
+    items = frame_items(frames, masks, plan, key)
+    by_frame: dict[int, FrameItem] = {
+        int(items.index[i]): jax.tree.map(lambda x, i=i: x[i], items) for i in range(len(masks))
+    }
+    first = {t: first_prompts(item) for t, item in by_frame.items()}
+    conditioning = [t for t, item in by_frame.items() if item.conditioning]
+    corrections = [
+        step
+        for item in by_frame.values()
+        if item.corrected
+        for step in zip(item.click_keys[1:], item.from_truth.tolist(), strict=True)
+    ]
+
+    def given(t: int) -> tuple[np.ndarray, np.ndarray]:
+        count = int(first[t].num_points[0])
+        return np.asarray(first[t].points[:, :count]), np.asarray(first[t].labels[:, :count])
+
+    def click(key: jax.Array):
+        return lambda target, shown: jax.device_get(sample_click(key, target, shown))
+
+    return Script(
+        conditioning=conditioning,
+        tracked=[t for t in by_frame if t not in conditioning],
+        corrected=[t for t, item in by_frame.items() if item.corrected],
+        masks={t: masks[t] for t in conditioning if not plan.points},
+        points={t: given(t) for t in conditioning if plan.points},
+        from_truth=iter([from_truth for _, from_truth in corrections]),
+        clicks=iter([click(key) for key, _ in corrections]),
+    )
 
 
 def frame_losses(

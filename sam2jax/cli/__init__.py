@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from sam2jax.cli.auto import auto
+from sam2jax.cli.bench import bench
 from sam2jax.cli.convert import convert
 from sam2jax.cli.demo import demo
 from sam2jax.cli.evaluate import evaluate
@@ -33,6 +34,13 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(convert)
 app.command()(info)
+app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)(bench)
 
 
 def _print_version(wanted: bool) -> None:

@@ -15,16 +15,12 @@ from sam2jax.nn.sam2 import SAM2
 from sam2jax.ops.resize import preprocess_image
 from sam2jax.testing import small_config
 from sam2jax.training.losses import LossConfig, Losses
-from sam2jax.training.prompts import Plan, PromptConfig, sample_click
+from sam2jax.training.prompts import Plan, PromptConfig
 from sam2jax.training.rollout import (
-    FrameItem,
     clip_losses,
-    first_prompts,
-    frame_items,
     training_config,
 )
 from tests import training_oracle
-from tests.training_oracle import Script
 
 pytestmark = pytest.mark.parity
 
@@ -108,44 +104,11 @@ def ours(model, params, frames, masks, plan, key, weights=None, remat=False) -> 
     )
 
 
-def script(frames: np.ndarray, masks: np.ndarray, plan: Plan, key: jax.Array) -> Script:
-    """What our side draws, for the official one."""
-    items = frame_items(frames, masks, plan, key)
-    by_frame: dict[int, FrameItem] = {
-        int(items.index[i]): jax.tree.map(lambda x, i=i: x[i], items) for i in range(len(masks))
-    }
-    first = {t: first_prompts(item) for t, item in by_frame.items()}
-    conditioning = [t for t, item in by_frame.items() if item.conditioning]
-    corrections = [
-        step
-        for item in by_frame.values()
-        if item.corrected
-        for step in zip(item.click_keys[1:], item.from_truth.tolist(), strict=True)
-    ]
-
-    def given(t: int) -> tuple[np.ndarray, np.ndarray]:
-        count = int(first[t].num_points[0])
-        return np.asarray(first[t].points[:, :count]), np.asarray(first[t].labels[:, :count])
-
-    def click(key: jax.Array):
-        return lambda target, shown: jax.device_get(sample_click(key, target, shown))
-
-    return Script(
-        conditioning=conditioning,
-        tracked=[t for t in by_frame if t not in conditioning],
-        corrected=[t for t, item in by_frame.items() if item.corrected],
-        masks={t: masks[t] for t in conditioning if not plan.points},
-        points={t: given(t) for t in conditioning if plan.points},
-        from_truth=iter([from_truth for _, from_truth in corrections]),
-        clicks=iter([click(key) for key, _ in corrections]),
-    )
-
-
 def theirs(official, frames, masks, plan, key) -> tuple[Result, list]:
     official.zero_grad()
     pixels = np.asarray(preprocess_image(frames, SIZE))
     answers, losses = training_oracle.frame_losses(
-        official, pixels, masks, script(frames, masks, plan, key)
+        official, pixels, masks, training_oracle.scripted(frames, masks, plan, key)
     )
     total = sum(frame["core_loss"] for frame in losses)
     total.backward()

@@ -1,0 +1,51 @@
+"""The official package's side: the same weights, on the same kind of device as ours.
+
+Importing this fails where PyTorch or the official package is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from sam2.sam2_video_predictor import SAM2VideoPredictorVOS
+
+from benchmarks.settings import SEED
+from sam2jax.config import SAM2Config
+from tests import oracle
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def build(config: SAM2Config, compiled: bool) -> Any:
+    """The official video predictor; `compiled` is its `vos_optimized=True`, encoder included."""
+    model = oracle.build(config, SEED).to(DEVICE)
+    if compiled:
+        model.__class__ = SAM2VideoPredictorVOS
+        model._compile_all_components()
+        options = {"mode": "max-autotune", "fullgraph": True, "dynamic": False}
+        model.image_encoder.forward = torch.compile(model.image_encoder.forward, **options)
+    return model
+
+
+@contextlib.contextmanager
+def running(config: SAM2Config) -> Iterator[None]:
+    """Inference, under autocast where the model computes in bfloat16."""
+    autocast = torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
+    with torch.inference_mode(), autocast:
+        yield
+
+
+def runner(config: SAM2Config, run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` as something to be timed: it returns when the device is done."""
+
+    def timed() -> Any:
+        with running(config):
+            answer = run()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return answer
+
+    return timed

@@ -1,0 +1,57 @@
+"""The smallest of each benchmark: that it runs, and what it counts; never its seconds."""
+
+import json
+
+import pytest
+
+from benchmarks import __main__ as bench
+from benchmarks import timing
+from benchmarks.timing import compare
+from sam2jax.tracking import step
+
+ALONE = {"track": 5, "objects": 3, "videos": 2, "images": 4, "training": 1, "memory": 5}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(timing, "PRODUCT", 64)
+    return tmp_path / "results"
+
+
+def run(results, section, *options):
+    bench.main([section, "--small", *options])
+    (path,) = results.iterdir()
+    record = json.loads(path.read_text())
+    assert record["versions"]["jax"] and record["device"]
+    return record["rows"]
+
+
+def test_pairs_are_timed_in_turn():
+    calls = []
+    row = compare("x", lambda: calls.append("theirs"), lambda: calls.append("ours"), runs=2)
+    assert calls == ["theirs", "ours"] * 3
+    assert row.official and row.ours and row.spread[0] <= row.ratio <= row.spread[1]
+    assert compare("x", None, lambda: None, runs=1).ratio is None
+
+
+def test_unknown_sections_are_named(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["nothing"])
+    assert "choose from track" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", ALONE)
+def test_ours_alone(results, section):
+    before = step._step._cache_size()
+    rows = run(results, section, "--alone")
+    assert len(rows) == ALONE[section]
+    assert all(row["official"] is None and row["ratio"] is None for row in rows)
+    assert all(row["ours"] > 0 for row in rows)
+    if section == "track":
+        assert all(0 < row["share"] for row in rows)
+        assert step._step._cache_size() == before + 2  # prompted, and not
+    if section == "memory":  # of one program, whatever the length of the clip
+        two, four = (row["ours"] for row in rows[1:3])
+        assert four < 1.05 * two
