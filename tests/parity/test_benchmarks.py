@@ -12,7 +12,8 @@ pytestmark = pytest.mark.parity
 @pytest.mark.parametrize("section", ["track", "objects", "images", "training"])
 def test_beside_the_official_package(results, section):  # noqa: F811
     rows = run(results, section)
-    assert all(row["official"] > 0 and row["ratio"] > 0 for row in rows)
+    timed = [row for row in rows if row["name"] != "an added object"]
+    assert all(row["official"] > 0 and row["ratio"] > 0 for row in timed)
 
 
 def test_other_answers_are_not_believed():
