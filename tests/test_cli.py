@@ -294,6 +294,18 @@ def test_track_with_another_policy(tmp_path, sam2jax_cli, checkpoint):
         assert os.listdir() == []
 
 
+def test_what_export_refuses(sam2jax_cli, checkpoint):
+    for given, message in (
+        (["--frame-size", "720"], "HEIGHTxWIDTH"),
+        (["--frame-size", "0x10"], "at least 1"),
+        (["--objects", "0"], "at least 1"),
+        (["--platform", "metal"], "metal"),
+    ):
+        result = sam2jax_cli("export", checkpoint, "out", *given)
+        assert result.exit_code == 2 and message in result.output
+        assert os.listdir() == []
+
+
 def test_failure_half_way_leaves_nothing_behind(tmp_path, sam2jax_cli, checkpoint):
     broken_videos(tmp_path)
     for masks in ("masks", "masks.json", "masks.npz"):

@@ -30,9 +30,10 @@ SEES = {
     "convert": CONVERT,
     "loading": LOADING,
     "testing": CONVERT | {"convert"},
+    "export": HOST,
     **dict.fromkeys(APPLICATIONS, HOST),
     "evaluation": HOST | {"predictors"},
-    "cli": HOST | APPLICATIONS,
+    "cli": HOST | APPLICATIONS | {"export"},
     "__main__": {"cli"},
     "__init__": HOST | APPLICATIONS,
 }

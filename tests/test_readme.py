@@ -153,3 +153,18 @@ def test_the_guide_to_policies(folder, monkeypatch):
             names["model"], names["params"], still, names["prompts"], policy=policy
         )
         assert int((state.bank.recent_frame >= 0).sum()) == held
+
+
+@pytest.mark.slow
+def test_the_guide_to_exports(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    text = (ROOT / "docs/export.md").read_text()
+    (command,) = re.findall(r"```console\n(.*?)\n```", text)
+    result = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert result.exit_code == 0, result.output
+    names: dict = {}
+    exec(compile(python_in(text), "docs/export.md", "exec"), names)
+    assert names["answers"]["masks"].shape == (3, 2, 64, 64)
+    np.testing.assert_allclose(names["answer"]["masks"], names["answers"]["masks"][-1], atol=1e-2)
+    for file in re.findall(r"^\| `([\w.]+)`", text, flags=re.MULTILINE):
+        assert (folder / "nano" / file).exists()

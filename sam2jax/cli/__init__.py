@@ -11,6 +11,7 @@ from sam2jax.cli.bench import bench
 from sam2jax.cli.convert import convert
 from sam2jax.cli.demo import demo
 from sam2jax.cli.evaluate import evaluate
+from sam2jax.cli.export import export
 from sam2jax.cli.info import info
 from sam2jax.cli.segment import segment
 from sam2jax.cli.track import track
@@ -33,6 +34,7 @@ app.command()(auto)
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(convert)
+app.command()(export)
 app.command()(info)
 app.command(
     context_settings={
