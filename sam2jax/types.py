@@ -68,7 +68,7 @@ class MemoryRead(struct.PyTreeNode):
 class FrameMemory(struct.PyTreeNode):
     """What one frame leaves behind for one object (leading [N] when vmapped)."""
 
-    frame: Array  # [] int32 frame index
+    frame: Array  # [] int32 frame index; EMPTY: NaN or infinity arose, and nothing is left behind
     spatial: Array  # [HW, D] bfloat16
     pointer: Array  # [C] float32
     iou: Array  # [] float32, predicted IoU of the mask that was taken
@@ -99,6 +99,7 @@ class FrameOutput(struct.PyTreeNode):
     masks: Array  # [N, S/4, S/4] float32 logits; `resize_masks` brings them to the frame
     iou: Array  # [N] float32, predicted IoU of each mask
     object_score: Array  # [N] float32 logit, above 0: the object is in the frame
+    finite: Array  # [N] bool; False: NaN or infinity arose, and the object counts as out of sight
     memory_frames: Array  # [N, K] int32, frames whose spatial memory was read (EMPTY: none)
     pointer_frames: Array  # [N, Q] int32, frames whose object pointer was read (EMPTY: none)
     explanation: Explanation | None = None  # on request

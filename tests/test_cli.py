@@ -206,7 +206,7 @@ def fake_tracker(monkeypatch):
         calls.append(("step", number(np.asarray(frame)), state, prompts is not None))
         row = jnp.where(jnp.arange(16) <= state, 1.0, -1.0)
         masks = jnp.broadcast_to(row[None, :, None], (2, 16, 16))
-        output = sam2jax.FrameOutput(masks, jnp.ones(2), jnp.ones(2), jnp.ones(2), jnp.ones(2))
+        output = sam2jax.FrameOutput(masks, *[jnp.ones(2)] * 5)
         return state + (-1 if reverse else 1), output
 
     for function in (init_state, condition, step):

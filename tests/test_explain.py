@@ -127,7 +127,7 @@ def test_pictures():
     assert maps[10:, 35:].mean() > maps[10:, :25].mean()
     np.testing.assert_array_equal(heat_maps(frame, looked(0, [-1], [0])), frame)
     with pytest.raises(ValueError, match="explain=True"):
-        looked_at(0, sam2jax.FrameOutput(*[np.zeros(1)] * 5), 0)
+        looked_at(0, sam2jax.FrameOutput(*[np.zeros(1)] * 6), 0)
 
 
 def test_track_draws_it(tmp_path, monkeypatch):

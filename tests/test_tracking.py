@@ -273,3 +273,34 @@ def test_clip_prompts_widen_to_the_widest():
     assert prompts.frames.tolist() == [2, 5]
     assert prompts.prompts.points.shape == (2, 2, 4, 2)
     assert prompts.prompts.num_points.tolist() == [[1, 0], [3, 0]]
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_frame_with_nan_or_infinity_leaves_nothing_behind(params, number):
+    """It counts as one without the object; those after it are as if it had been skipped."""
+    frames = np.asarray(preprocess_image(jnp.asarray(clip(6)), CONFIG.image_size))
+    broken = frames.copy()
+    broken[3, 5, 7] = number
+    state, out = sam2jax.track(MODEL, params, broken, TWO)
+    for values in jax.tree.leaves((state, out)):
+        assert np.isfinite(np.asarray(values, np.float32)).all()
+    np.testing.assert_array_equal(out.finite.sum(axis=1), [2, 2, 2, 0, 2, 2])
+    assert (out.masks[3] < 0).all() and (out.object_score[3] < 0).all()
+    assert (out.memory_frames[4:] != 3).all() and (out.pointer_frames[4:] != 3).all()
+    _, whole = sam2jax.track(MODEL, params, frames, TWO)
+    assert_same(jax.tree.map(lambda x: x[:3], out), jax.tree.map(lambda x: x[:3], whole))
+
+    # A prompted frame that is broken leaves the object unknown.
+    broken[0, 0, 0] = number
+    state, out = sam2jax.track(MODEL, params, broken[:2], TWO)
+    assert not out.finite[0].any() and (out.masks < 0).all()
+    assert not np.asarray(state.bank.has_memory).any()
+
+
+def test_one_object_does_not_poison_the_other(params):
+    broken = TWO.replace(points=TWO.points.at[1].set(np.nan))
+    _, out = sam2jax.track(MODEL, params, clip(LENGTH), broken)
+    _, expected = sam2jax.track(MODEL, params, clip(LENGTH), TWO)
+    np.testing.assert_allclose(out.masks[:, 0], expected.masks[:, 0], atol=1e-4)
+    assert np.isfinite(out.masks).all() and out.finite[:, 0].all() and not out.finite[0, 1]
+    assert (out.masks[:, 1] < 0).all()

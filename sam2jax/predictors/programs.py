@@ -152,7 +152,9 @@ def remember(
     )
     carried, _ = policy.judge(config, policy.settings, held.carried, seen, now)
     bank, carried = policy.write(config, policy.settings, held.bank, carried, memory, now)
-    return Held(bank=bank, carried=carried)
+    # A frame on which NaN or infinity arose has left nothing behind.
+    something = partial(jnp.where, memory.frame != EMPTY)
+    return jax.tree.map(something, Held(bank=bank, carried=carried), held)
 
 
 @partial(jax.jit, static_argnums=0)

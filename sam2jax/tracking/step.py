@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from sam2jax.tracking.segment import (
 from sam2jax.tracking.state import TrackState
 from sam2jax.types import (
     CONDITIONING,
+    EMPTY,
     NO_OBJ_SCORE,
     NONE,
     Array,
@@ -271,27 +273,44 @@ def _answer_group(model, params, policy, state, prompts, features, direction, ex
         return *_no_answer(config, state), nothing
 
     answer, spatial, parent, carried, explanation = jax.lax.cond(jnp.any(known), segment, leave)
+    finite = ~known | _all_finite(answer, spatial)
+    seen = known & finite
     output = FrameOutput(
-        masks=jnp.where(known[:, None, None], answer.masks, NO_OBJ_SCORE),
-        iou=jnp.where(known, answer.iou, 0.0),
-        object_score=jnp.where(known, answer.object_score, NO_OBJ_SCORE),
+        masks=jnp.where(seen[:, None, None], answer.masks, NO_OBJ_SCORE),
+        iou=jnp.where(seen, answer.iou, 0.0),
+        object_score=jnp.where(seen, answer.object_score, NO_OBJ_SCORE),
+        finite=finite,
         memory_frames=memory_read.spatial_frame[parent],
         pointer_frames=memory_read.pointer_frame[parent],
         explanation=explanation,
     )
     memory = FrameMemory(
-        frame=jnp.broadcast_to(state.frame_index, known.shape),
-        spatial=spatial,
-        pointer=answer.pointer,
-        iou=answer.iou,
-        object_score=answer.object_score,
+        frame=jnp.where(finite, state.frame_index, EMPTY),
+        spatial=jnp.where(finite[:, None, None], spatial, 0),
+        pointer=jnp.where(finite[:, None], answer.pointer, 0.0),
+        iou=jnp.where(finite, answer.iou, 0.0),
+        object_score=jnp.where(finite, answer.object_score, NO_OBJ_SCORE),
     )
 
-    def pick(new: Array, old: Array) -> Array:
-        return jnp.where(known.reshape(known.shape + (1,) * (new.ndim - 1)), new, old)
-
-    carried = jax.tree.map(pick, carried, state.carried)
+    carried = _where(seen, carried, state.carried)
     return FrameResult(output=output, memory=memory, parent=parent), carried
+
+
+def _all_finite(*trees: Any) -> Array:
+    """Whether a row's numbers all are: [N * P] bool."""
+    return functools.reduce(
+        jnp.logical_and,
+        [jnp.all(jnp.isfinite(x), axis=range(1, x.ndim)) for x in jax.tree.leaves(trees)],
+    )
+
+
+def _where(rows: Array, new: Any, old: Any) -> Any:
+    """The rows of one tree or of the other; leading [N * P]."""
+
+    def pick(new: Array, old: Array) -> Array:
+        return jnp.where(rows.reshape(rows.shape + (1,) * (new.ndim - 1)), new, old)
+
+    return jax.tree.map(pick, new, old)
 
 
 def _segment(model, params, policy, state, features, memory_read, prompts, now, explain):
@@ -406,4 +425,7 @@ def _remember(
     bank, carried = jax.vmap(policy.write, in_axes=(None, None, 0, 0, 0, 0))(
         config, policy.settings, state.bank, state.carried, result.memory, now
     )
+    # A frame on which NaN or infinity arose leaves nothing behind.
+    held = state.bank, state.carried
+    bank, carried = _where(result.output.finite, (bank, carried), held)
     return state.replace(bank=bank, carried=carried)
