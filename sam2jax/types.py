@@ -202,6 +202,31 @@ class Prompts(struct.PyTreeNode):
             has_logits=None if has_logits is None else jnp.asarray(has_logits),
         )
 
+    @classmethod
+    def stack(cls, rows: Sequence[Prompts]) -> Prompts:
+        """Prompts of several frames, or of several videos' first frames, with a leading axis.
+
+        Where some are for fewer objects or points than others, they are padded.
+
+        Raises:
+          ValueError: there are none, or masks or logits of different sizes.
+        """
+        if not rows:
+            raise ValueError("No prompts: give at least one frame's.")
+        count = max(row.num_objects for row in rows)
+        width = max(row.labels.shape[-1] for row in rows)
+        rows = [_pad(row, count, width) for row in rows]
+        for name, flag in (("mask", "has_mask"), ("logits", "has_logits")):
+            given = [getattr(row, name) for row in rows if getattr(row, name) is not None]
+            if not given:
+                continue
+            if len({array.shape for array in given}) != 1:
+                sizes = [array.shape[1:] for array in given]
+                raise ValueError(f"All prompts' {name} must have one size, got {sizes}.")
+            blank = {name: jnp.zeros_like(given[0]), flag: jnp.zeros(count, bool)}
+            rows = [row if getattr(row, name) is not None else row.replace(**blank) for row in rows]
+        return jax.tree.map(lambda *x: jnp.stack(x), *rows)
+
 
 class ClipPrompts(struct.PyTreeNode):
     """Prompts on K frames of a clip; a frame that has none takes no room."""
@@ -220,28 +245,21 @@ class ClipPrompts(struct.PyTreeNode):
                 "All frames' prompts must be for the same number of objects, got "
                 f"{[row.num_objects for row in rows]}."
             )
-        width = max(row.labels.shape[-1] for row in rows)
-        rows = [_widen(row, width) for row in rows]
-        for name, flag in (("mask", "has_mask"), ("logits", "has_logits")):
-            given = [getattr(row, name) for row in rows if getattr(row, name) is not None]
-            if not given:
-                continue
-            if len({array.shape for array in given}) != 1:
-                raise ValueError(
-                    f"All frames' {name} must have one size, got {[a.shape for a in given]}."
-                )
-            blank = {name: jnp.zeros_like(given[0]), flag: jnp.zeros(given[0].shape[0], bool)}
-            rows = [row if getattr(row, name) is not None else row.replace(**blank) for row in rows]
         frames = jnp.asarray([int(frame) for frame in prompts], jnp.int32)
-        return cls(frames=frames, prompts=jax.tree.map(lambda *x: jnp.stack(x), *rows))
+        return cls(frames=frames, prompts=Prompts.stack(rows))
 
 
-def _widen(prompts: Prompts, width: int) -> Prompts:
-    extra = width - prompts.labels.shape[-1]
-    return prompts.replace(
-        points=jnp.pad(prompts.points, ((0, 0), (0, extra), (0, 0))),
-        labels=jnp.pad(prompts.labels, ((0, 0), (0, extra))),
-    )
+def _pad(prompts: Prompts, count: int, width: int) -> Prompts:
+    """With room for more objects, which are not prompted, and for more points."""
+    objects, points = count - prompts.num_objects, width - prompts.labels.shape[-1]
+
+    def pad(x: Array, *extra: int) -> Array:
+        return jnp.pad(x, [(0, e) for e in (*extra, *[0] * (x.ndim - len(extra)))])
+
+    fields = {name: value for name, value in vars(prompts).items() if value is not None}
+    widths = {"points": (objects, points), "labels": (objects, points)}
+    padded = {name: pad(x, *widths.get(name, (objects,))) for name, x in fields.items()}
+    return prompts.replace(**padded)
 
 
 def point_rows(index: int, points: Any, labels: Any, box: Any, mask: Any):

@@ -17,13 +17,23 @@ from sam2jax.nn.sam2 import SAM2
 from sam2jax.tracking.checks import check_frame, check_prompts, check_state
 from sam2jax.tracking.state import TrackState, init_state
 from sam2jax.tracking.step import (
+    FrameResult,
     encode_frame,
     process_ahead,
     process_frame,
     scale_prompts,
     time_direction,
 )
-from sam2jax.types import CONDITIONING, EMPTY, NONE, Array, ClipPrompts, FrameOutput, Prompts
+from sam2jax.types import (
+    CONDITIONING,
+    EMPTY,
+    NO_OBJ_SCORE,
+    NONE,
+    Array,
+    ClipPrompts,
+    FrameOutput,
+    Prompts,
+)
 
 
 def track(
@@ -33,6 +43,7 @@ def track(
     prompts: Prompts | ClipPrompts | Mapping[int, Prompts] | None = None,
     state: TrackState | None = None,
     *,
+    lengths: Array | None = None,
     reverse: bool = False,
     policy: MemoryPolicy = SAM2_POLICY,
     explain: bool = False,
@@ -42,15 +53,20 @@ def track(
     Prompted frames that lie ahead of the first tracked one are encoded first, as the official
     predictor does, so that earlier frames see them.
 
+    Several videos are tracked at once where frames have a leading [V]; prompts, state and answers
+    then have it, too. Shorter ones are padded, and say so by `lengths`; videos with fewer objects
+    have some that are never prompted (`Prompts.stack` pads). Answers are those of each alone.
+
     Args:
       model: static description, from `load`.
       params: its parameters.
       frames: uint8 [T, H, W, 3] RGB, or float [T, S, S, 3] resized and normalised; in order of
-        time, also in reverse.
+        time, also in reverse. [V, T, H, W, 3] for several videos.
       prompts: by frame index; or those of the first frame to be tracked. Frames outside of this
         chunk are passed over (`condition` remembers them).
       state: where to continue; None: a new clip, whose first frame has index 0, with room for
         every prompted frame. `frames` begin at `state.frame_index`, or end there in reverse.
+      lengths: [V] int32, the frames of each of several videos; behind them nothing is answered.
       reverse: from the last frame to the first.
       policy: what is remembered and attended to. One of several lineages answers at the end of
         the chunk, along the best of them, unless it is `online`.
@@ -63,32 +79,97 @@ def track(
     Raises:
       ValueError, TypeError: shapes or dtypes do not fit.
     """
+    if getattr(frames, "ndim", 0) == 5:
+        given = {"reverse": reverse, "policy": policy, "explain": explain}
+        return _track_videos(model, params, frames, prompts, state, lengths, **given)
+    if lengths is not None:
+        raise ValueError("lengths are for several videos, frames [V, T, H, W, 3].")
     check_frame(model.config, frames, leading=1)
     num_frames = frames.shape[0]
     if isinstance(prompts, Mapping):
         prompts = ClipPrompts.make(prompts)
     if state is None:
-        if prompts is None:
-            raise ValueError("Nothing to track: give prompts, or a state that holds some.")
-        one = prompts.prompts if isinstance(prompts, ClipPrompts) else prompts
-        room = prompts.frames.shape[0] if isinstance(prompts, ClipPrompts) else 1
+        one, room = _of_a_frame(prompts)
         first = num_frames - 1 if reverse else 0
         state = init_state(model, one.num_objects, num_frames, room, first, policy)
     check_state(model.config, state, policy)
-    if isinstance(prompts, Prompts):
-        check_prompts(model.config, prompts, state.num_objects)
-        prompts = ClipPrompts(
-            frames=state.frame_index[None], prompts=jax.tree.map(lambda x: x[None], prompts)
-        )
-        ahead = False
-    elif prompts is not None:
-        check_prompts(model.config, prompts.prompts, state.num_objects, leading=1)
-        ahead = _any_ahead(prompts.frames, state.frame_index)
-    else:
-        ahead = False
+    if prompts is not None:
+        one, room = _of_a_frame(prompts)
+        leading = 1 if isinstance(prompts, ClipPrompts) else 0
+        check_prompts(model.config, one, state.num_objects, leading=leading)
+    prompts, ahead = _by_frame(prompts, state.frame_index)
     return _track(
         model, params, policy, frames, prompts, state, reverse=reverse, ahead=ahead, explain=explain
     )
+
+
+def _track_videos(
+    model: SAM2,
+    params: Any,
+    frames: Array,
+    prompts: Prompts | ClipPrompts | Mapping[int, Prompts] | None,
+    states: TrackState | None,
+    lengths: Array | None,
+    *,
+    reverse: bool,
+    policy: MemoryPolicy,
+    explain: bool,
+) -> tuple[TrackState, FrameOutput]:
+    """`track` on several videos, padded to one length; everything has a leading [V]."""
+    check_frame(model.config, frames, leading=2)
+    count, longest = frames.shape[:2]
+    ends = jnp.asarray(longest if lengths is None else lengths, jnp.int32)
+    if ends.shape not in ((), (count,)):
+        raise ValueError(f"Expected lengths [{count}], got {ends.shape}.")
+    ends = jnp.broadcast_to(ends, count)
+    if isinstance(prompts, Mapping):
+        raise TypeError(
+            "Several videos take Prompts.stack of their first frames' prompts, or ClipPrompts with "
+            "a leading [V]."
+        )
+    if states is None:
+        one, room = _of_a_frame(prompts)
+        # In reverse the padding comes first, when nothing is known yet.
+        first = longest - 1 if reverse else 0
+        blank = init_state(model, one.num_objects, longest, room, first, policy)
+        states = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), blank)
+        states = states.replace(num_frames=ends)
+    starts = states.frame_index
+    if reverse and isinstance(prompts, Prompts):
+        starts = ends - 1
+    prompts, ahead = _by_frame(prompts, starts)
+
+    def one_video(frames: Array, prompts: ClipPrompts | None, state: TrackState, end: Array):
+        check_state(model.config, state, policy)
+        if prompts is not None:
+            check_prompts(model.config, prompts.prompts, state.num_objects, leading=1)
+        flags = {"reverse": reverse, "ahead": ahead, "explain": explain}
+        return _track(model, params, policy, frames, prompts, state, end, **flags)
+
+    states, outputs = jax.vmap(one_video)(frames, prompts, states, ends)
+    return states, outputs
+
+
+def _of_a_frame(prompts: Prompts | ClipPrompts | None) -> tuple[Prompts, int]:
+    """The prompts themselves, and how many frames they are for."""
+    if prompts is None:
+        raise ValueError("Nothing to track: give prompts, or a state that holds some.")
+    if isinstance(prompts, ClipPrompts):
+        return prompts.prompts, prompts.frames.shape[-1]
+    return prompts, 1
+
+
+def _by_frame(
+    prompts: Prompts | ClipPrompts | None, first: Array
+) -> tuple[ClipPrompts | None, bool]:
+    """Prompts by frame, and whether a frame other than the first tracked may be prompted."""
+    if prompts is None:
+        return None, False
+    if isinstance(prompts, ClipPrompts):
+        return prompts, _any_ahead(prompts.frames, first)
+    axis = first.ndim  # behind that of videos, if there is one
+    single = jax.tree.map(lambda x: jnp.expand_dims(x, axis), prompts)
+    return ClipPrompts(frames=jnp.expand_dims(first, axis), prompts=single), False
 
 
 def _any_ahead(frames: Array, first: Array) -> bool:
@@ -96,11 +177,12 @@ def _any_ahead(frames: Array, first: Array) -> bool:
     if isinstance(frames, Tracer) or isinstance(first, Tracer):
         return True
     prompted = np.asarray(frames)
-    return bool(np.any((prompted != np.asarray(first)) & (prompted != EMPTY)))
+    return bool(np.any((prompted != np.asarray(first)[..., None]) & (prompted != EMPTY)))
 
 
 @partial(jax.jit, static_argnames=("model", "reverse", "ahead", "explain"))
-def _track(model, params, policy, frames, prompts, state, *, reverse, ahead, explain):
+def _track(model, params, policy, frames, prompts, state, end=None, *, reverse, ahead, explain):
+    """`end` [] int32: frames from there on are padding; None: there is none."""
     if ahead:
         state = _encode_all_ahead(model, params, policy, frames, prompts, state, reverse)
 
@@ -111,16 +193,38 @@ def _track(model, params, policy, frames, prompts, state, *, reverse, ahead, exp
         if prompts is not None:
             now = scale_prompts(model.config, _prompts_at(prompts, state.frame_index), frame)
         features = encode_frame(model, params, frame)
-        state, result = process_frame(
+        after, result = process_frame(
             model, params, state, features, now, direction, policy, explain
         )
+        if end is not None:
+            after, result = _unless_padding(state, after, result, end)
         kept = result.best(policy.lineages) if policy.online else result
-        return state, (kept.output, kept.parent)
+        return after, (kept.output, kept.parent)
 
     state, (outputs, parents) = jax.lax.scan(body, state, frames, reverse=reverse)
     if not policy.online:
         outputs = _read_back(outputs, parents, policy.lineages, reverse)
     return state, outputs
+
+
+def _unless_padding(before: TrackState, after: TrackState, result: FrameResult, end: Array):
+    """Behind the end nothing is answered or remembered, and the state stays where it was."""
+    inside = before.frame_index < end
+    held = jax.tree.map(lambda new, old: jnp.where(inside, new, old), after, before)
+    # In reverse the padding comes first, and is walked over.
+    walked = inside | (after.frame_index < before.frame_index)
+    index = jnp.where(walked, after.frame_index, before.frame_index)
+    output = result.output
+    rows = jnp.arange(result.parent.shape[0], dtype=jnp.int32)
+    absent = output.replace(
+        masks=jnp.where(inside, output.masks, NO_OBJ_SCORE),
+        iou=jnp.where(inside, output.iou, 0.0),
+        object_score=jnp.where(inside, output.object_score, NO_OBJ_SCORE),
+        memory_frames=jnp.where(inside, output.memory_frames, EMPTY),
+        pointer_frames=jnp.where(inside, output.pointer_frames, EMPTY),
+    )
+    result = result.replace(output=absent, parent=jnp.where(inside, result.parent, rows))
+    return held.replace(frame_index=index), result
 
 
 def _read_back(outputs: FrameOutput, parents: Array, lineages: int, reverse: bool) -> FrameOutput:
