@@ -48,7 +48,7 @@ def test_propagation_equals_track(predictor):
     np.testing.assert_allclose(masks_of(answers)[:, :, 0], expected, atol=1e-3)
     np.testing.assert_allclose(masks[:, 0], expected[0], atol=1e-3)
     for frame in range(LENGTH):
-        ids, scores, ious = predictor.scores(state, frame)
+        ids, scores, ious, _ = predictor.scores(state, frame)
         assert ids == ["cup"]
         np.testing.assert_allclose(scores, out.object_score[frame], atol=1e-4)
         np.testing.assert_allclose(ious, out.iou[frame], atol=1e-4)
@@ -355,3 +355,23 @@ def test_options_reach_the_model_and_the_predictor(tmp_path):
     assert loaded.config.fill_hole_area == 3  # given explicitly, wins
     with pytest.raises(TypeError, match="fill_hole"):
         sam2jax.SAM2VideoPredictor.from_pretrained(path, fill_holes=3)
+
+
+def test_a_frame_with_nan_poisons_nothing(predictor, monkeypatch):
+    """Nor does it when memories are written once more, after a correction."""
+    real = propagation.frame_features
+
+    def broken(model, params, state, frame):
+        features = real(model, params, state, frame)
+        return jax.tree.map(lambda x: x * np.nan, features) if frame == 2 else features
+
+    monkeypatch.setattr(propagation, "frame_features", broken)
+    state = predictor.init_state(clip())
+    predictor.add_new_points_or_box(state, 0, 1, **CLICK)
+    masks = masks_of(predictor.propagate_in_video(state))
+    assert np.isfinite(masks).all() and (masks[2] < 0).all()
+    told = [predictor.scores(state, frame).finite.all() for frame in range(len(masks))]
+    assert told == [frame != 2 for frame in range(len(masks))]
+    predictor.add_new_points_or_box(state, 3, 1, **CLICK)
+    again = masks_of(predictor.propagate_in_video(state, start_frame_idx=3))
+    assert np.isfinite(again).all()

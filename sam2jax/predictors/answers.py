@@ -9,7 +9,7 @@ import numpy as np
 
 from sam2jax.predictors.programs import at_size
 from sam2jax.predictors.session import InferenceState
-from sam2jax.types import NO_OBJ_SCORE, Array
+from sam2jax.types import EMPTY, NO_OBJ_SCORE, Array
 
 
 class Scores(NamedTuple):
@@ -18,16 +18,21 @@ class Scores(NamedTuple):
     obj_ids: list[Hashable]
     object_scores: np.ndarray  # [N] float32 logits, above 0: the object is in the frame
     ious: np.ndarray  # [N] float32, predicted IoU of each mask
+    finite: np.ndarray  # [N] bool; False: NaN or infinity arose, and the object counts as away
 
 
 def scores_on(state: InferenceState, frame: int) -> Scores:
     """Of all objects' latest answers on a frame; -1024 and 0 where an object has none."""
-    table = np.array([[NO_OBJ_SCORE, 0.0]] * len(state.objects), np.float32).reshape(-1, 2)
-    for row, history in zip(table, state.objects.values(), strict=True):
+    count = len(state.objects)
+    scores, ious = np.full(count, NO_OBJ_SCORE, np.float32), np.zeros(count, np.float32)
+    finite = np.ones(count, bool)
+    for index, history in enumerate(state.objects.values()):
         record = history.latest(frame)
         if record is not None:
-            row[:] = float(record.memory.object_score), float(record.memory.iou)
-    return Scores(state.obj_ids, table[:, 0], table[:, 1])
+            memory = record.memory
+            scores[index], ious[index] = float(memory.object_score), float(memory.iou)
+            finite[index] = int(memory.frame) != EMPTY
+    return Scores(state.obj_ids, scores, ious, finite)
 
 
 def masks_on(
