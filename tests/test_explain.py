@@ -72,9 +72,8 @@ def test_the_mass_is_that_of_the_weights(heads):
     np.testing.assert_allclose(pointed, expected[:, slots:], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "policy", [memory.SAM2, pytest.param(memory.sam2long(lineages=2), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [memory.SAM2, memory.sam2long(lineages=2)])
 def test_an_explained_answer_is_the_same(policy):
     params = random_params(CONFIG, seed=3)
     frames = clip(LENGTH)
@@ -130,6 +129,7 @@ def test_pictures():
         looked_at(0, sam2jax.FrameOutput(*[np.zeros(1)] * 6), 0)
 
 
+@pytest.mark.slow
 def test_track_draws_it(tmp_path, monkeypatch):
     command = commands_in_an_empty_folder(tmp_path, monkeypatch)
     checkpoint = write_checkpoint(tmp_path)

@@ -31,17 +31,12 @@ def params():
     return random_params(CONFIG, seed=3)
 
 
-# Each takes half a minute of compiling; one has all that there is to a policy.
-EVERY = [
-    name if name == "sam2long" else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS
-]
-
-
 def test_every_policy_is_tried():
     assert set(POLICIES) == {"sam2", *OTHERS}
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.slow  # each takes half a minute of compiling
+@pytest.mark.parametrize("name", OTHERS)
 def test_steps_chunks_and_objects_agree(params, name):
     """A whole clip in one program, and frame by frame; in constant memory."""
     policy, frames = OTHERS[name], clip(LENGTH)

@@ -275,7 +275,7 @@ def test_clip_prompts_widen_to_the_widest():
     assert prompts.prompts.num_points.tolist() == [[1, 0], [3, 0]]
 
 
-@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize("number", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
 def test_a_frame_with_nan_or_infinity_leaves_nothing_behind(params, number):
     """It counts as one without the object; those after it are as if it had been skipped."""
     frames = np.asarray(preprocess_image(jnp.asarray(clip(6)), CONFIG.image_size))

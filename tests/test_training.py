@@ -263,7 +263,8 @@ def test_what_is_dropped_depends_on_the_key_alone():
     np.testing.assert_array_equal(Half().apply({}, ones), ones)
 
 
-@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [False, True])
 def test_a_step_in_bfloat16_keeps_float32_parameters(tmp_path, remat):
     """Traced only: what compiling would take minutes for."""
     config = run_config(tmp_path, remat=remat)

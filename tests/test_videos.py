@@ -76,7 +76,8 @@ def test_prompts_on_later_frames(params):
         np.testing.assert_allclose(out.masks[index, : len(frames)], alone.masks, atol=1e-4)
 
 
-@pytest.mark.parametrize("axis", ["videos", pytest.param("objects", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["videos", "objects"])
 def test_sharded_over_devices(params, axis):
     """By videos and by objects, through shardings of what goes in."""
     mesh = jax.make_mesh((2,), ("devices",))
