@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import importlib
 import importlib.util
+import os
 import re
 from collections.abc import Sequence
 
@@ -72,7 +73,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    given = vars(parser().parse_args(arguments))
+    # PyTorch, and processes of our own, need room on the device beside JAX.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    parsed = parser()
+    if parsed.parse_args(arguments).small:
+        parsed.set_defaults(**SMALL)
+    given = vars(parsed.parse_args(arguments))
     sections, small, alone = given.pop("sections"), given.pop("small"), given.pop("alone")
     for name in set(sections) - set(SECTIONS):
         parser().error(f"there is no section {name!r}; choose from {', '.join(SECTIONS)}")
@@ -81,8 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"No {', '.join(missing)}: sam2jax is timed alone.")
     given = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
     settings = Settings(**given, official=not (alone or missing))
-    if small:
-        settings = dataclasses.replace(settings, **SMALL)
     device = jax.devices()[0].device_kind
     rate = matrix_rate(settings.dtype)
     print(f"{device}, {settings.dtype}, {rate / 1e12:.2f} Tflop/s in a matrix product")

@@ -1,4 +1,4 @@
-"""Answers are compared before a time is believed; the bars are the parity tests'."""
+"""Answers are compared before a time is believed."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ from sam2jax.testing import random_params
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OURS = """
-import json, sys, time
+import json, time
+import av, scipy.ndimage  # of which the official package has no need
 marks = [time.perf_counter()]
 def mark(): marks.append(time.perf_counter())
 import numpy as np, sam2jax
@@ -37,8 +38,8 @@ mark()
 print(json.dumps([b - a for a, b in zip(marks, marks[1:])]))
 """
 OFFICIAL = """
-import json, sys, time
-import sam2jax  # of which the official package has no need
+import json, time
+import av, scipy.ndimage, sam2jax  # of which the official package has no need
 marks = [time.perf_counter()]
 def mark(): marks.append(time.perf_counter())
 import numpy as np, torch
@@ -55,6 +56,8 @@ size = config.image_size
 with official.running(config):
     state = oracle.init_state(model, np.zeros((2, size, size, 3), np.float32))
     model.add_new_points_or_box(state, 0, 1, points=[(size / 4, size / 2)], labels=[1])
+if official.DEVICE == "cuda":
+    torch.cuda.synchronize()
 mark()
 print(json.dumps([b - a for a, b in zip(marks, marks[1:])]))
 """
@@ -66,13 +69,13 @@ def rows(settings: Settings) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "weights.pt"
         store(config, path)
-        options = {"image_size": config.image_size, "dtype": config.dtype}
+        names = ("image_size", "dtype", "fill_hole_area")
+        options = {name: getattr(config, name) for name in names}
         given = {"path": str(path), "options": options, "settings": settings}
-        official = run(OFFICIAL.format(**given)) if settings.official else None
+        runs = settings.runs
+        official = median(OFFICIAL.format(**given), runs) if settings.official else None
         for cache in (None, pathlib.Path(folder) / "programs"):
-            if cache:
-                run(OURS.format(**given), cache)  # fills it
-            ours = run(OURS.format(**given), cache)
+            ours = median(OURS.format(**given), runs, cache)
             what = "cached" if cache else "not cached"
             for index, part in enumerate((*PARTS, "all")):
                 mine = sum(ours) if part == "all" else ours[index]
@@ -86,6 +89,12 @@ def rows(settings: Settings) -> Iterator[Row]:
 def store(config: SAM2Config, path: pathlib.Path) -> None:
     flat: dict[str, Any] = flatten_dict(random_params(config, SEED), sep="/")
     write(path, {name: np.asarray(value) for name, value in flat.items()}, config)
+
+
+def median(code: str, runs: int, cache: pathlib.Path | None = None) -> list[float]:
+    """Of some runs after one that brings files into memory, and fills the cache."""
+    run(code, cache)
+    return np.median([run(code, cache) for _ in range(runs)], axis=0).tolist()
 
 
 def run(code: str, cache: pathlib.Path | None = None) -> list[float]:

@@ -1,8 +1,8 @@
 """What another object costs: both video predictors track objects with full memory banks.
 
-Seconds per frame for each number of objects, and the slope of a line through them. On an
-accelerator ours takes eight frames at once: ask for --frames 8. On a machine that is not idle set
-OMP_WAIT_POLICY=passive: PyTorch's threads spin otherwise, and it is slowed most.
+Seconds per frame for each number of objects, and the slope of a line through them. On a machine
+that is not idle set OMP_WAIT_POLICY=passive: PyTorch's threads spin otherwise, and it is slowed
+most.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from benchmarks.timing import Row, compare
 from benchmarks.track import CLICK
 from sam2jax.config import SAM2Config
 from sam2jax.nn.sam2 import SAM2
+from sam2jax.predictors.propagation import frames_at_once
 from sam2jax.predictors.session import ObjectHistory
 from sam2jax.testing import random_params
 
@@ -93,7 +94,9 @@ class Ours:
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    config, frames, runs = settings.first, settings.frames, settings.runs
+    config, runs = settings.first, settings.runs
+    chunk = frames_at_once()  # whole ones are timed
+    frames = -(-settings.frames // chunk) * chunk
     # One more run than those timed warms up; what ours begins ahead needs frames, too.
     length = config.max_obj_ptrs_in_encoder + frames * (runs + 2)
     shape = (length, config.image_size, config.image_size, 3)

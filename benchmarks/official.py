@@ -17,6 +17,8 @@ from sam2jax.config import SAM2Config
 from tests import oracle
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# float32 is float32 on both sides.
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def build(config: SAM2Config, compiled: bool) -> Any:

@@ -30,7 +30,8 @@ class Settings:
     def config(self, variant: str) -> SAM2Config:
         config = VARIANTS[variant]
         size = self.image_size or config.image_size
-        return dataclasses.replace(config, image_size=size, dtype=self.dtype)
+        # The official package fills holes by a CUDA extension alone; here neither side does.
+        return dataclasses.replace(config, image_size=size, dtype=self.dtype, fill_hole_area=0)
 
     @property
     def first(self) -> SAM2Config:

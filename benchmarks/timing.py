@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -15,6 +16,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from sam2jax.ops.linear import precision
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 PRODUCT = 4096  # rows and columns of the product that a device's rate is measured by
@@ -91,10 +94,12 @@ def operations(program: Callable, *args: Any, **options: Any) -> float:
     return float(counted["flops"])
 
 
+@functools.cache
 def matrix_rate(dtype: str, runs: int = 5) -> float:
     """Operations a second that the device reaches in one large product, the best of some runs."""
     left, right = jax.random.normal(jax.random.key(0), (2, PRODUCT, PRODUCT), jnp.dtype(dtype))
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    options = {"precision": precision(left.dtype), "preferred_element_type": jnp.float32}
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, **options))
 
     def run() -> None:
         jax.block_until_ready(product(left, right))

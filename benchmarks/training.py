@@ -1,4 +1,5 @@
-"""A training step: the losses of one clip, their gradient, and AdamW's update."""
+"""A training step: the losses of one clip, their gradient, and AdamW's update, in float32. The
+official one runs on CPUs here, and stands beside ours on a CPU only."""
 
 from __future__ import annotations
 
@@ -29,23 +30,23 @@ STILL = 0.0  # the learning rate: a step's work does not depend on it, and all s
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """Every object is clicked on in the first frame. In float32."""
+    """Every object is clicked on in the first frame."""
     size = min(settings.first.image_size, settings.train_size)
     config = training_config(dataclasses.replace(settings.exact, image_size=size))
     clip = procedural_clip(HELD_OUT.scene, 0, image_size=size, num_frames=NUM_FRAMES)
     key = jax.random.key(SEED)
     ours = Ours(SAM2(config), random_params(config, SEED), clip, key)
     theirs = None
-    if settings.official:
+    if settings.official and jax.default_backend() == "cpu":
         theirs = Official(config, clip, key)
         mine, official = ours.step(), theirs.step()
-        if abs(mine - official) > LOSS_BAR * official:
+        if not abs(mine - official) <= LOSS_BAR * official:
             raise AssertionError(f"loss {mine}, official {official}")
-    name = f"train step: {NUM_FRAMES} frames of {size} px"
+    name = f"train step, float32: {NUM_FRAMES} frames, {size} px"
     yield compare(name, theirs and theirs.step, ours.step, settings.runs)
 
 
-def first_frame_clicked(key: Any) -> Plan:
+def first_frame_clicked() -> Plan:
     none = jnp.zeros(NUM_FRAMES, bool)
     return Plan(
         frame=jnp.arange(NUM_FRAMES, dtype=jnp.int32),
@@ -60,16 +61,16 @@ def first_frame_clicked(key: Any) -> Plan:
 class Ours:
     def __init__(self, model: SAM2, params: Any, clip: Any, key: Any) -> None:
         optimizer = optax.adamw(STILL)
-        self.held, self.key = (params, optimizer.init(params)), key
+        self.held = params, optimizer.init(params)
         self.frames, self.masks = jnp.asarray(clip.frames), jnp.asarray(clip.masks)
         weights = jnp.full(clip.masks.shape[1], 1 / clip.masks.shape[1])
-        plan = first_frame_clicked(key)
+        plan = first_frame_clicked()
 
         @jax.jit
         def step(held: Any, frames: Any, masks: Any):
             def loss(params: Any):
                 given = (frames, masks, plan, key, PROMPTS, LOSS)
-                losses, _ = clip_losses(model, params, *given, remat=False)
+                losses, _ = clip_losses(model, params, *given, remat=True)
                 return jnp.sum(jax.tree.map(lambda x: x @ weights, losses).total(LOSS))
 
             params, state = held
@@ -94,13 +95,11 @@ class Official:
         self.model = training_oracle.build(config, corrections=0, seed=SEED)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=STILL)
         self.frames = np.asarray(preprocess_image(clip.frames, config.image_size))
-        plan = first_frame_clicked(key)
-        self.script = lambda: training_oracle.scripted(self.frames, self.masks, plan, key)
-        self.ready = self.script()
+        self.script = training_oracle.scripted(self.frames, self.masks, first_frame_clicked(), key)
 
     def step(self) -> float:
         self.optimizer.zero_grad()
-        _, losses = self.losses(self.model, self.frames, self.masks, self.ready)
+        _, losses = self.losses(self.model, self.frames, self.masks, self.script)
         total = sum(frame["core_loss"] for frame in losses)
         total.backward()
         self.optimizer.step()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -90,13 +89,12 @@ def export_programs(
     with atomic_dir(dest) as folder:
         for name, (program, given) in _programs(model, state, sizes).items():
             held = None if name == "start" else weights
-            exported = _export(program, held, given, platforms, embed)
+            exported = _export(program, held, tuple(given.values()), platforms, embed)
             (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
-            names = [x for x in inspect.signature(program).parameters if x != "params"]
             results = jax.tree.unflatten(exported.out_tree, exported.out_avals)
             described[name] = {
                 "takes weights": held is not None and not embed,
-                "arguments": _describe(dict(zip(names, given, strict=True))),
+                "arguments": {argument: _describe(x) for argument, x in given.items()},
                 "results": _describe(results),
             }
         if not embed:
@@ -106,7 +104,7 @@ def export_programs(
             "format_version": VERSION,
             "sam2jax": __version__,
             "jax": jax.__version__,
-            "calling_convention_version": exported.calling_convention_version,
+            "calling_convention_version": jax_export.maximum_supported_calling_convention_version,
             "platforms": list(platforms),
             "weights": "inside" if embed else WEIGHTS,
             "sizes": dataclasses.asdict(sizes),
@@ -119,17 +117,17 @@ def export_programs(
 
 def _programs(
     model: SAM2, first: TrackState, sizes: Sizes
-) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
-    """Each program, with shapes of what it takes beside weights."""
+) -> dict[str, tuple[Callable, dict[str, Any]]]:
+    """Each program, with shapes of what it takes beside weights, in their order."""
     height, width = sizes.frame
     frame = jax.ShapeDtypeStruct((height, width, 3), jnp.uint8)
     (length,) = jax_export.symbolic_shape("T", constraints=["T >= 1"])
     frames = jax.ShapeDtypeStruct((length, *frame.shape), jnp.uint8)
     shape = (sizes.num_objects, sizes.num_points)
-    prompts = (
-        jax.ShapeDtypeStruct((*shape, 2), jnp.float32),
-        jax.ShapeDtypeStruct(shape, jnp.int32),
-    )
+    prompts = {
+        "points": jax.ShapeDtypeStruct((*shape, 2), jnp.float32),
+        "labels": jax.ShapeDtypeStruct(shape, jnp.int32),
+    }
 
     def track_clip(params: Any, frames: Array, points: Array, labels: Array) -> Tree:
         state = init_state(model, sizes.num_objects, max_cond_frames=1)
@@ -155,11 +153,11 @@ def _programs(
 
     features = jax.eval_shape(encode, param_shapes(model.config), frame)
     return {
-        "track": (track_clip, (frames, *prompts)),
-        "start": (start, ()),
-        "step": (step_once, (_shapes(to_tree(first)), frame, *prompts)),
-        "encode": (encode, (frame,)),
-        "decode": (decode, (features, *prompts)),
+        "track": (track_clip, {"frames": frames, **prompts}),
+        "start": (start, {}),
+        "step": (step_once, {"state": _shapes(to_tree(first)), "frame": frame, **prompts}),
+        "encode": (encode, {"image": frame}),
+        "decode": (decode, {"features": features, **prompts}),
     }
 
 

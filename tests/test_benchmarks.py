@@ -9,7 +9,7 @@ from benchmarks import timing
 from benchmarks.timing import compare
 from sam2jax.tracking import step
 
-ALONE = {"track": 5, "objects": 3, "videos": 2, "images": 4, "training": 1, "memory": 5}
+ALONE = {"track": 5, "objects": 3, "videos": 2, "images": 4, "training": 1, "cold": 8, "memory": 5}
 
 
 @pytest.fixture

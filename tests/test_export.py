@@ -98,6 +98,7 @@ def test_jax_alone_gives_the_same(tmp_path: pathlib.Path, params, embed: bool):
     assert metadata["model"]["image_size"] == 64 and metadata["sam2jax"] == sam2jax.__version__
     assert (tmp_path / "programs/weights.npz").exists() is not embed
     described = metadata["programs"]["track"]
+    assert list(described["arguments"]) == ["frames", "points", "labels"]  # as they are called
     assert described["arguments"]["frames"] == "uint8[T,{},{},3]".format(*sizes.frame)
     assert described["results"]["masks"] == "float32[T,2,16,16]"
 

@@ -192,3 +192,15 @@ def test_a_state_of_another_policy_is_refused(params):
         with pytest.raises(ValueError, match="another"):
             plain = sam2jax.init_state(MODEL, 2)
             sam2jax.step(MODEL, params, plain, frame, TWO, policy=OTHERS[name])
+
+
+@pytest.mark.slow
+def test_a_frame_with_nan_leaves_every_lineage_as_it_was(params):
+    policy = OTHERS["sam2long"]
+    frames = np.asarray(sam2jax.ops.resize.preprocess_image(jnp.asarray(clip(4)), 64))
+    state, _ = sam2jax.track(MODEL, params, frames, TWO, policy=policy)
+    after, out = sam2jax.step(MODEL, params, state, frames[0] * np.nan, policy=policy)
+    assert not out.finite.any() and int(after.frame_index) == 5
+    jax.tree.map(
+        np.testing.assert_array_equal, (after.bank, after.carried), (state.bank, state.carried)
+    )

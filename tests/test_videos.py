@@ -67,13 +67,45 @@ def test_videos_of_different_lengths(params, policy, reverse):
 
 
 @pytest.mark.slow
-def test_prompts_on_later_frames(params):
-    late = ClipPrompts.make({0: ONE, 3: ONE})
-    both = jax.tree.map(lambda x: jnp.stack([x, x]), late)
-    _, out = sam2jax.track(MODEL, params, FRAMES, both, lengths=np.array(LENGTHS))
-    for index, frames in enumerate(CLIPS):
-        _, alone = sam2jax.track(MODEL, params, frames, late)
-        np.testing.assert_allclose(out.masks[index, : len(frames)], alone.masks, atol=1e-4)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_prompts_on_other_frames(params, reverse):
+    """Those behind a video's end are passed over."""
+    for frames in ((0, 3), (0, 5), (3, 3)):
+        prompts = ClipPrompts.make(dict.fromkeys(frames, ONE))
+        both = jax.tree.map(lambda x: jnp.stack([x, x]), prompts)
+        given = {"lengths": np.array(LENGTHS), "reverse": reverse}
+        _, out = sam2jax.track(MODEL, params, FRAMES, both, **given)
+        for index, video in enumerate(CLIPS):
+            _, alone = sam2jax.track(MODEL, params, video, prompts, reverse=reverse)
+            np.testing.assert_allclose(out.masks[index, : len(video)], alone.masks, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+def test_chunks_go_on_from_states(params, reverse, lengths):
+    """Two chunks of three frames; the second video ends in one of them."""
+    ends = np.array(lengths or [LONGEST] * 2)
+    prompts, options = Prompts.stack(PROMPTS), {"reverse": reverse}
+    whole_options = options if lengths is None else {**options, "lengths": ends}
+    _, whole = sam2jax.track(MODEL, params, FRAMES, prompts, **whole_options)
+    state = sam2jax.init_state(MODEL, 2, None, 1, LONGEST - 1 if reverse else 0)
+    states = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    states = states.replace(num_frames=jnp.asarray(ends, jnp.int32))
+    first = ClipPrompts(
+        frames=jnp.asarray(ends - 1 if reverse else 0 * ends, jnp.int32)[:, None],
+        prompts=jax.tree.map(lambda x: x[:, None], prompts),
+    )
+    parts = {}
+    for start in (3, 0) if reverse else (0, 3):
+        if lengths is not None:
+            options["lengths"] = np.clip(ends - start, 0, 3)
+        frames = FRAMES[:, start : start + 3]
+        states, parts[start] = sam2jax.track(MODEL, params, frames, first, states, **options)
+    for index, end in enumerate(ends):
+        joined = np.concatenate([parts[0].masks[index], parts[3].masks[index]])
+        np.testing.assert_allclose(joined[:end], whole.masks[index, :end], atol=1e-4)
+        assert (joined[end:] == NO_OBJ_SCORE).all()
 
 
 @pytest.mark.slow
@@ -101,6 +133,10 @@ def test_sharded_over_devices(params, axis):
 def test_what_is_refused(params):
     with pytest.raises(ValueError, match="lengths"):
         sam2jax.track(MODEL, params, FRAMES, Prompts.stack(PROMPTS), lengths=np.ones(3, int))
+    with pytest.raises(ValueError, match="from 0 to 6"):
+        sam2jax.track(MODEL, params, FRAMES, Prompts.stack(PROMPTS), lengths=np.array([7, 4]))
+    with pytest.raises(ValueError, match="one for each video"):
+        sam2jax.track(MODEL, params, FRAMES, ONE)
     with pytest.raises(ValueError, match="several videos"):
         sam2jax.track(MODEL, params, CLIPS[0], TWO, lengths=np.ones(1, int))
     with pytest.raises(TypeError, match="Prompts.stack"):

@@ -8,6 +8,8 @@ import sys
 
 import typer
 
+from sam2jax.cli.session import errors_told
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -24,4 +26,5 @@ def bench(context: typer.Context) -> None:
             "`pip install -e .`."
         )
     sys.path.insert(0, str(ROOT))
-    importlib.import_module("benchmarks.__main__").main(context.args)
+    with errors_told():
+        importlib.import_module("benchmarks.__main__").main(context.args)

@@ -66,7 +66,8 @@ def track(
         chunk are passed over (`condition` remembers them).
       state: where to continue; None: a new clip, whose first frame has index 0, with room for
         every prompted frame. `frames` begin at `state.frame_index`, or end there in reverse.
-      lengths: [V] int32, the frames of each of several videos; behind them nothing is answered.
+      lengths: [V] int32, how many of these T frames are each of several videos' own; behind them
+        nothing is answered or remembered.
       reverse: from the last frame to the first.
       policy: what is remembered and attended to. One of several lineages answers at the end of
         the chunk, along the best of them, unless it is `online`.
@@ -118,36 +119,52 @@ def _track_videos(
     """`track` on several videos, padded to one length; everything has a leading [V]."""
     check_frame(model.config, frames, leading=2)
     count, longest = frames.shape[:2]
-    ends = jnp.asarray(longest if lengths is None else lengths, jnp.int32)
-    if ends.shape not in ((), (count,)):
-        raise ValueError(f"Expected lengths [{count}], got {ends.shape}.")
-    ends = jnp.broadcast_to(ends, count)
-    if isinstance(prompts, Mapping):
-        raise TypeError(
-            "Several videos take Prompts.stack of their first frames' prompts, or ClipPrompts with "
-            "a leading [V]."
-        )
+    _check_videos(count, longest, prompts, states, lengths)
     if states is None:
         one, room = _of_a_frame(prompts)
         # In reverse the padding comes first, when nothing is known yet.
         first = longest - 1 if reverse else 0
         blank = init_state(model, one.num_objects, longest, room, first, policy)
-        states = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), blank)
-        states = states.replace(num_frames=ends)
-    starts = states.frame_index
-    if reverse and isinstance(prompts, Prompts):
-        starts = ends - 1
+        states = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x))), blank)
+        if lengths is not None:
+            states = states.replace(num_frames=jnp.asarray(lengths, jnp.int32))
+    ends, starts = None, states.frame_index
+    if lengths is not None:
+        ends = starts - (longest - 1 if reverse else 0) + jnp.asarray(lengths, jnp.int32)
+        starts = ends - 1 if reverse else starts
     prompts, ahead = _by_frame(prompts, starts)
 
-    def one_video(frames: Array, prompts: ClipPrompts | None, state: TrackState, end: Array):
+    def one_video(frames: Array, prompts: ClipPrompts | None, state: TrackState, end: Any):
         check_state(model.config, state, policy)
         if prompts is not None:
             check_prompts(model.config, prompts.prompts, state.num_objects, leading=1)
         flags = {"reverse": reverse, "ahead": ahead, "explain": explain}
         return _track(model, params, policy, frames, prompts, state, end, **flags)
 
-    states, outputs = jax.vmap(one_video)(frames, prompts, states, ends)
-    return states, outputs
+    return jax.vmap(one_video)(frames, prompts, states, ends)
+
+
+def _check_videos(
+    count: int, longest: int, prompts: Any, states: TrackState | None, lengths: Array | None
+) -> None:
+    if isinstance(prompts, Mapping):
+        raise TypeError(
+            "Several videos take Prompts.stack of their first frames' prompts, or ClipPrompts with "
+            "a leading [V]."
+        )
+    for name, tree in (("prompts", prompts), ("state", states)):
+        if any(jnp.shape(x)[:1] != (count,) for x in jax.tree.leaves(tree)):
+            raise ValueError(
+                f"Expected {name} with a leading [{count}], one for each video (Prompts.stack)."
+            )
+    if lengths is None:
+        return
+    if jnp.shape(lengths) != (count,):
+        raise ValueError(f"Expected lengths [{count}], got {jnp.shape(lengths)}.")
+    if not isinstance(lengths, Tracer):
+        known = np.asarray(lengths)
+        if known.min() < 0 or known.max() > longest:
+            raise ValueError(f"lengths must be from 0 to {longest}, got {known.tolist()}.")
 
 
 def _of_a_frame(prompts: Prompts | ClipPrompts | None) -> tuple[Prompts, int]:
@@ -184,7 +201,7 @@ def _any_ahead(frames: Array, first: Array) -> bool:
 def _track(model, params, policy, frames, prompts, state, end=None, *, reverse, ahead, explain):
     """`end` [] int32: frames from there on are padding; None: there is none."""
     if ahead:
-        state = _encode_all_ahead(model, params, policy, frames, prompts, state, reverse)
+        state = _encode_all_ahead(model, params, policy, frames, prompts, state, end, reverse)
 
     direction = time_direction(reverse)
 
@@ -216,12 +233,19 @@ def _unless_padding(before: TrackState, after: TrackState, result: FrameResult, 
     index = jnp.where(walked, after.frame_index, before.frame_index)
     output = result.output
     rows = jnp.arange(result.parent.shape[0], dtype=jnp.int32)
+    nothing = {
+        "masks": NO_OBJ_SCORE,
+        "iou": 0.0,
+        "object_score": NO_OBJ_SCORE,
+        "finite": True,
+        "memory_frames": EMPTY,
+        "pointer_frames": EMPTY,
+    }
     absent = output.replace(
-        masks=jnp.where(inside, output.masks, NO_OBJ_SCORE),
-        iou=jnp.where(inside, output.iou, 0.0),
-        object_score=jnp.where(inside, output.object_score, NO_OBJ_SCORE),
-        memory_frames=jnp.where(inside, output.memory_frames, EMPTY),
-        pointer_frames=jnp.where(inside, output.pointer_frames, EMPTY),
+        **{name: jnp.where(inside, getattr(output, name), x) for name, x in nothing.items()},
+        explanation=jax.tree.map(
+            lambda x: jnp.where(inside, x, jnp.zeros_like(x)), output.explanation
+        ),
     )
     result = result.replace(output=absent, parent=jnp.where(inside, result.parent, rows))
     return held.replace(frame_index=index), result
@@ -264,20 +288,22 @@ def _prompts_at(prompts: ClipPrompts, frame_index: Array) -> Prompts:
 
 
 def _encode_all_ahead(
-    model, params, policy, frames, prompts: ClipPrompts, state: TrackState, reverse
+    model, params, policy, frames, prompts: ClipPrompts, state: TrackState, end, reverse
 ):
     """Remembers this chunk's prompted frames but the first, whose turn comes at once."""
-    first_in_time = state.frame_index - (frames.shape[0] - 1 if reverse else 0)
+    earliest = state.frame_index - (frames.shape[0] - 1 if reverse else 0)
+    end = earliest + frames.shape[0] if end is None else end
+    first = end - 1 if reverse else state.frame_index
 
     def body(state: TrackState, item):
         frame_index, now = item
-        offset = frame_index - first_in_time
-        inside = (offset >= 0) & (offset < frames.shape[0])
-        due = inside & (frame_index != state.frame_index) & jnp.any(now.kind == CONDITIONING)
+        inside = (frame_index >= earliest) & (frame_index < end)
+        due = inside & (frame_index != first) & jnp.any(now.kind == CONDITIONING)
 
         def encode(state: TrackState) -> TrackState:
-            features = encode_frame(model, params, frames[offset])
-            scaled = scale_prompts(model.config, now, frames[offset])
+            frame = frames[frame_index - earliest]
+            features = encode_frame(model, params, frame)
+            scaled = scale_prompts(model.config, now, frame)
             return process_ahead(model, params, state, features, scaled, frame_index, policy)[0]
 
         return jax.lax.cond(due, encode, lambda state: state, state), None

@@ -274,6 +274,8 @@ def _answer_group(model, params, policy, state, prompts, features, direction, ex
 
     answer, spatial, parent, carried, explanation = jax.lax.cond(jnp.any(known), segment, leave)
     finite = ~known | _all_finite(answer, spatial)
+    # A row that is broken goes on from itself.
+    parent = jnp.where(finite, parent, jnp.arange(parent.shape[0], dtype=jnp.int32))
     seen = known & finite
     output = FrameOutput(
         masks=jnp.where(seen[:, None, None], answer.masks, NO_OBJ_SCORE),

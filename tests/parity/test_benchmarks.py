@@ -9,7 +9,7 @@ from tests.test_benchmarks import results, run  # noqa: F401
 pytestmark = pytest.mark.parity
 
 
-@pytest.mark.parametrize("section", ["track", "objects", "images", "training"])
+@pytest.mark.parametrize("section", ["track", "objects", "videos", "images", "training", "cold"])
 def test_beside_the_official_package(results, section):  # noqa: F811
     rows = run(results, section)
     timed = [row for row in rows if row["name"] != "an added object"]
