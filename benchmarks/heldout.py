@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import collections
 import json
-import pathlib
 from functools import partial
 from typing import Any
 
@@ -105,7 +104,7 @@ def main() -> None:
     for method, value in results["hidden frames, F1"].items():
         print(f"hidden frames, F1 ({method}): {value:.3f}")
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"heldout-{pathlib.Path(given.checkpoint).stem}.json"
+    path = RESULTS / f"heldout-{model.config.name}.json"
     path.write_text(json.dumps({"clips": given.clips, **results}, indent=2) + "\n")
 
 

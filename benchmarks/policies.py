@@ -12,7 +12,6 @@ import argparse
 import collections
 import dataclasses
 import json
-import pathlib
 import time
 from functools import partial
 from typing import Any
@@ -74,7 +73,7 @@ def main() -> None:
             + f"{rate:12.1f}"
         )
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"policies-{pathlib.Path(given.checkpoint).stem}.json"
+    path = RESULTS / f"policies-{model.config.name}.json"
     settings = {"clips": given.clips, "frames": NUM_FRAMES, "kinds": SCENE.kinds}
     path.write_text(json.dumps({**settings, "policies": rows}, indent=2) + "\n")
 
