@@ -164,7 +164,7 @@ def test_the_guide_to_exports(folder, monkeypatch):
     assert result.exit_code == 0, result.output
     names: dict = {}
     exec(compile(python_in(text), "docs/export.md", "exec"), names)
-    assert names["answers"]["masks"].shape == (3, 2, 64, 64)
+    assert names["answers"]["masks"].shape == (16, 2, 64, 64)
     np.testing.assert_allclose(names["answer"]["masks"], names["answers"]["masks"][-1], atol=1e-2)
     for file in re.findall(r"^\| `([\w.]+)`", text, flags=re.MULTILINE):
         assert (folder / "nano" / file).exists()
