@@ -45,8 +45,10 @@ def test_processes_share_the_examples_out(tmp_path, workers):
     assert sorted(whole[0] + whole[1]) == list(range(14))
 
 
-@pytest.mark.parametrize("workers", [0, 3])
-def test_a_resumed_run_sees_what_it_would_have_seen(tmp_path, workers):
+@pytest.mark.parametrize(
+    "workers, processes", [(0, 0), (3, 0), pytest.param(1, 2, marks=pytest.mark.slow)]
+)
+def test_a_resumed_run_sees_what_it_would_have_seen(tmp_path, workers, processes):
     write_palette_video(tmp_path, "a", 8)
     write_palette_video(tmp_path, "b", 8)
     sources = [folder_source(tmp_path, multiplier=3, reverse_time_prob=0.5), procedural(5)]
@@ -57,13 +59,15 @@ def test_a_resumed_run_sees_what_it_would_have_seen(tmp_path, workers):
     state = json.loads(json.dumps(straight.get_state()))
     expected = [next(straight) for _ in range(5)]
     for count in (0, 2):
-        resumed = loader(*sources, **options | {"workers": workers or count})
+        given = options | {"workers": workers or count, "processes": processes}
+        resumed = loader(*sources, **given)
         for _ in range(count):
             next(resumed)
         resumed.set_state(state)
         for batch in expected:
             for one, other in zip(batch, next(resumed), strict=True):
                 np.testing.assert_array_equal(one, other)
+        resumed.close()
     assert len({batch.frames.tobytes() for batch in expected}) == 5
 
 

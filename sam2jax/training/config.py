@@ -65,6 +65,7 @@ class TrainConfig:
     remat: bool = True  # computes a frame again for its gradient, rather than keep it
     shards: int = 1  # devices over which a copy of the parameters is split
     workers: int = 2  # threads that prepare data
+    processes: int = 0  # that prepare data beside this one, each with as many threads
     log_every: int = 10
     checkpoint_every: int = 500
     stop_after: int | None = None  # steps after which the run ends, before its rate has fallen
@@ -82,8 +83,8 @@ class TrainConfig:
             raise ValueError(
                 f"stop_after must be between 1 and steps, {self.steps}, got {self.stop_after}."
             )
-        if self.workers < 0 or self.seed < 0:
-            raise ValueError("workers and seed must not be negative.")
+        if min(self.workers, self.processes, self.seed) < 0:
+            raise ValueError("workers, processes and seed must not be negative.")
         if self.lora is not None and self.freeze:
             raise ValueError("lora freezes all parameters by itself: leave freeze out.")
         for rule in self.freeze:

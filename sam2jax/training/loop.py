@@ -59,7 +59,8 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
             loader.set_state(data)
         else:
             state = _first_state(config, served, model, mesh)
-        state = _run(config, model, state, loader, mesh, checkpoints, progress)
+        with contextlib.closing(loader):
+            state = _run(config, model, state, loader, mesh, checkpoints, progress)
     path = output / MODEL_FILE
     params = jax.jit(
         lambda state: model_params(config, state),
@@ -99,6 +100,7 @@ def _prepare(config: TrainConfig) -> tuple[SAM2, SAM2, Loader]:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         workers=config.workers,
+        processes=config.processes,
     )
     return SAM2(served), SAM2(trained), loader
 

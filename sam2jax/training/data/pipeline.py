@@ -52,6 +52,10 @@ class Loader(Iterator[Clip]):
     def __next__(self) -> Clip:
         return next(self._iterator)
 
+    def close(self) -> None:
+        """Ends what prepares batches ahead."""
+        self._iterator.close()
+
     @property
     def damaged(self) -> tuple[str, ...]:
         """What was skipped so far, one message for each damaged file."""
@@ -87,6 +91,7 @@ def make_loader(
     process_count: int = 1,
     num_epochs: int | None = None,
     workers: int = 0,
+    processes: int = 0,
 ) -> Loader:
     """An iterator over batches of clips.
 
@@ -104,6 +109,8 @@ def make_loader(
       process_count: of processes that train together.
       num_epochs: when to stop; None: never.
       workers: threads that read and augment ahead; 0: none.
+      processes: that share the batches among them, each with as many workers, for data that take
+        Python's time; 0: this one alone. What they skip as damaged, each counts for itself.
 
     Raises:
       FileNotFoundError: a source's folder or list does not exist.
@@ -123,10 +130,10 @@ def make_loader(
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    if not 0 <= process_index < process_count or workers < 0 or seed < 0:
+    if not 0 <= process_index < process_count or min(workers, processes, seed) < 0:
         raise ValueError(
-            f"expected 0 <= process_index < {process_count}, workers >= 0 and seed >= 0, got "
-            f"{process_index}, {workers} and {seed}."
+            f"expected 0 <= process_index < {process_count}, and workers, processes and seed of at "
+            f"least 0, got {process_index}, {workers}, {processes} and {seed}."
         )
     examples = Examples(config, image_size, num_frames, max_objects, seed)
     counts = [
@@ -149,6 +156,9 @@ def make_loader(
     )[process_index::process_count]
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
     batches = batches.to_iter_dataset(options)
+    if processes:
+        _let_grain_start_processes()
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(processes))
     order = {
         "seed": seed,
         "counts": counts,
@@ -157,6 +167,14 @@ def make_loader(
         "process_count": process_count,
     }
     return Loader(iter(batches), examples, sum(counts), order)
+
+
+def _let_grain_start_processes() -> None:
+    """It reads command line flags of Abseil's there, which are only set in programs of Abseil's."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
 
 
 class Examples:
@@ -170,6 +188,12 @@ class Examples:
         self.readers = [_reader(source, image_size) for source in config.sources]
         self.damaged: dict[str, None] = {}  # messages, in the order they came
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        vars(self).update(values, _lock=threading.Lock())
 
     def load(self, position: int, place: tuple[int, int]) -> Clip:
         """The clip at a position of the order: of a source's example, or of one in its stead."""
