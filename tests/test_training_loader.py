@@ -53,11 +53,12 @@ def test_a_resumed_run_sees_what_it_would_have_seen(tmp_path, workers, processes
     write_palette_video(tmp_path, "b", 8)
     sources = [folder_source(tmp_path, multiplier=3, reverse_time_prob=0.5), procedural(5)]
     options = {"num_frames": 3, "max_objects": 3, "image_size": 32, "workers": workers}
-    straight = loader(*sources, **options)
+    straight, plain = (loader(*sources, **options, processes=n) for n in (processes, 0))
     for _ in range(6):
-        next(straight)
+        np.testing.assert_array_equal(next(straight).frames, next(plain).frames)
     state = json.loads(json.dumps(straight.get_state()))
     expected = [next(straight) for _ in range(5)]
+    straight.close()
     for count in (0, 2):
         given = options | {"workers": workers or count, "processes": processes}
         resumed = loader(*sources, **given)

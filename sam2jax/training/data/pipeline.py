@@ -74,7 +74,7 @@ class Loader(Iterator[Clip]):
         if state["order"] != self._order:
             raise ValueError(
                 f"the saved data order is {state['order']}, and this run's is {self._order}; "
-                "resume with the same seed, data, batch size and number of processes."
+                "resume with the same seed, data, batch size and numbers of processes."
             )
         self._iterator.set_state(state["grain"])
 
@@ -165,6 +165,7 @@ def make_loader(
         "weights": [source.weight for source in config.sources],
         "batch_size": batch_size,
         "process_count": process_count,
+        "processes": processes,
     }
     return Loader(iter(batches), examples, sum(counts), order)
 
