@@ -83,6 +83,8 @@ def export_programs(
     unknown = sorted(set(platforms) - set(PLATFORMS))
     if unknown or not platforms:
         raise ValueError(f"platforms are of {', '.join(PLATFORMS)}; got {', '.join(platforms)}.")
+    # Kernels are for one kind of device, and not promised to be readable by later versions.
+    model = SAM2(dataclasses.replace(model.config, kernels=False))
     weights = {k: jnp.asarray(v, jnp.float32) for k, v in flatten_dict(params, sep="/").items()}
     state = init_state(model, sizes.num_objects)
     described = {}

@@ -8,6 +8,7 @@ import scipy.ndimage
 
 from sam2jax.ops import attention as attention_ops
 from sam2jax.ops.attention import attention
+from sam2jax.ops.flash import flash_attention
 from sam2jax.ops.conv import conv, depthwise_conv, upsample_conv
 from sam2jax.ops.masks import fill_holes, non_overlapping, stability_score
 from sam2jax.ops.resize import preprocess_image, resize_bilinear, resize_masks
@@ -53,6 +54,25 @@ def test_blockwise_attention_without_keys_is_zero(monkeypatch):
         normal(0, 1, 4, 8), normal(1, 1, 6, 8), normal(2, 1, 6, 8), length=jnp.zeros(1, jnp.int32)
     )
     np.testing.assert_array_equal(out, 0)
+
+
+@pytest.mark.parametrize("lengths", [(300, 37), (128, 0)])
+def test_the_kernel_for_gpus_equals_blocks_of_keys(lengths):
+    """Sizes that fill no block, interpreted; tests/gpu.py runs it on a device."""
+    shapes = (2, 140, 24), (2, 300, 24), (2, 300, 5)
+    given = [normal(i, *shape).astype(jnp.bfloat16) for i, shape in enumerate(shapes)]
+    length = jnp.asarray(lengths, jnp.int32)
+    out, log_sum = flash_attention(*given, length, interpret=True)
+    expected, expected_sum = attention_ops._online(*given, length)
+    assert out.shape == (2, 140, 5) and out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=2e-2
+    )
+    full = np.asarray(lengths) > 0
+    np.testing.assert_allclose(log_sum[full], expected_sum[full], atol=1e-2)
+    program = jax.jit(attention_ops._blockwise, static_argnums=4).trace(*given, length, True)
+    assert "triton" in program.lower(lowering_platforms=("cuda",)).as_text()
+    assert "custom_call" not in program.lower(lowering_platforms=("tpu",)).as_text()
 
 
 def test_a_mask_of_keys_drops_them():

@@ -31,6 +31,7 @@ class MultiScaleAttention(nn.Module):
     num_heads: int
     pool: bool
     dtype: jnp.dtype
+    kernels: bool
 
     def setup(self) -> None:
         self.qkv = Linear(3 * self.features, self.dtype)
@@ -45,7 +46,7 @@ class MultiScaleAttention(nn.Module):
             fold_heads(t.reshape(batch, -1, self.features), self.num_heads)
             for t in (query, key, value)
         )
-        out = unfold_heads(attention(query, key, value), self.num_heads)
+        out = unfold_heads(attention(query, key, value, kernel=self.kernels), self.num_heads)
         return self.proj(out).reshape(batch, height, width, self.features)
 
 
@@ -59,6 +60,7 @@ class MultiScaleBlock(nn.Module):
     mlp_ratio: int
     drop_path: float
     dtype: jnp.dtype
+    kernels: bool
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -69,7 +71,7 @@ class MultiScaleBlock(nn.Module):
             if self.pool:
                 shortcut = max_pool_2x2(shortcut)
         attn = MultiScaleAttention(
-            self.features, self.num_heads, self.pool, self.dtype, name="attn"
+            self.features, self.num_heads, self.pool, self.dtype, self.kernels, name="attn"
         )
         if self.window:
             x = attn(window_partition(x.astype(self.dtype), self.window))
@@ -86,6 +88,7 @@ class Hiera(nn.Module):
 
     config: HieraConfig
     dtype: jnp.dtype
+    kernels: bool = True
 
     def setup(self) -> None:
         config = self.config
@@ -111,6 +114,7 @@ class Hiera(nn.Module):
                         mlp_ratio=config.mlp_ratio,
                         drop_path=config.drop_path_rate * index / max(sum(config.stages) - 1, 1),
                         dtype=self.dtype,
+                        kernels=self.kernels,
                     )
                 )
                 index += 1

@@ -39,7 +39,7 @@ class ImageEncoder(nn.Module):
 
     def setup(self) -> None:
         dtype = jnp.dtype(self.config.dtype)
-        self.trunk = Hiera(self.config.trunk, dtype)
+        self.trunk = Hiera(self.config.trunk, dtype, self.config.kernels)
         self.neck = FpnNeck(self.config.hidden_dim, dtype)
 
     def __call__(self, images: Array) -> list[Array]:

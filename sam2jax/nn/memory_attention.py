@@ -5,7 +5,6 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 
 from sam2jax.config import SAM2Config
@@ -14,12 +13,13 @@ from sam2jax.ops.attention import MASKED, attention
 from sam2jax.ops.linear import einsum, linear
 from sam2jax.ops.position import sine_2d
 from sam2jax.ops.rope import rope_table, rotate, split_pairs
+from sam2jax.tree import Tree
 from sam2jax.types import Array
 
 WATCHED = "watched"  # the collection that holds what memories received, on request
 
 
-class MemoryTokens(struct.PyTreeNode):
+class MemoryTokens(Tree):
     """What N objects' memories are attended to by: spatial ones first, pointers behind them."""
 
     spatial_keys: Array  # [N, K, HW, D] spatial memories with their positions, valid ones first
@@ -104,6 +104,7 @@ class RoPEAttention(nn.Module):
             fold_heads(key, heads),
             jnp.repeat(value.astype(dtype), heads, axis=0),
             length=length,
+            kernel=self.config.kernels,
         )
         out = out.reshape(-1, heads, *out.shape[1:])
         kernel = kernel.reshape(self.in_features, heads, -1)

@@ -2,7 +2,7 @@
 
 Small problems are written out. Large ones run over blocks of keys with an online softmax
 (FlashAttention, arXiv 2205.14135), which keeps the weights out of memory and stops at the number
-of valid keys. Values may be narrower than keys.
+of valid keys; in bfloat16 on an NVIDIA GPU as one kernel. Values may be narrower than keys.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def attention(
     length: Array | None = None,
     mask: Array | None = None,
     scale: float | None = None,
+    kernel: bool = True,
 ) -> Array:
     """Attends with `softmax(scale query key^T) value`.
 
@@ -39,6 +40,7 @@ def attention(
       length: [B] int32, how many keys are valid, from the front; None: all.
       mask: [B, K] bool, which keys are valid, for small problems only.
       scale: of the products; None: 1 / sqrt(d).
+      kernel: large problems in bfloat16 are one kernel on NVIDIA GPUs.
 
     Returns:
       [B, T, e] in the dtype of `value`. Without a valid key: zeros for large problems, the mean
@@ -51,7 +53,7 @@ def attention(
             raise ValueError("mask is for small problems; give a length instead.")
         if length is None:
             length = jnp.full(query.shape[:1], key.shape[1], jnp.int32)
-        return _blockwise(query, key, value, length)
+        return _blockwise(query, key, value, length, kernel)
     scores = einsum("btd,bkd->btk", query, key)
     if length is not None:
         mask = jnp.arange(key.shape[1], dtype=jnp.int32)[None] < length[:, None]
@@ -80,12 +82,24 @@ def _take(x: Array, start: Array) -> Array:
     return lax.dynamic_slice_in_dim(x, start, min(BLOCK, x.shape[1]), axis=1)
 
 
-@jax.custom_vjp
-def _blockwise(query: Array, key: Array, value: Array, length: Array) -> Array:
-    return _blockwise_forward(query, key, value, length)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blockwise(query: Array, key: Array, value: Array, length: Array, kernel: bool) -> Array:
+    return _blockwise_forward(query, key, value, length, kernel)[0]
 
 
-def _blockwise_forward(query: Array, key: Array, value: Array, length: Array):
+def _blockwise_forward(query: Array, key: Array, value: Array, length: Array, kernel: bool):
+    given = query, key, value, length
+    if kernel and key.dtype == value.dtype == jnp.bfloat16:
+        from sam2jax.ops.flash import flash_attention  # half a second: Pallas
+
+        out, log_sum = lax.platform_dependent(*given, cuda=flash_attention, default=_online)
+    else:
+        out, log_sum = _online(*given)
+    return out, (*given, out, log_sum)
+
+
+def _online(query: Array, key: Array, value: Array, length: Array) -> tuple[Array, Array]:
+    """The answer [B, T, e], and the logarithm of the summed weights [B, T]."""
     width = value.shape[-1]
     keys, values = _whole_blocks(key, value, length)
 
@@ -103,7 +117,7 @@ def _blockwise_forward(query: Array, key: Array, value: Array, length: Array):
     total, row_max = lax.fori_loop(0, _num_blocks(length, key.shape[1]), body, carry)
     row_sum = jnp.maximum(total[..., width], jnp.finfo(jnp.float32).tiny)
     out = (total[..., :width] / row_sum[..., None]).astype(value.dtype)
-    return out, (query, key, value, length, out, row_max + jnp.log(row_sum))
+    return out, row_max + jnp.log(row_sum)
 
 
 def _whole_blocks(key: Array, value: Array, length: Array) -> tuple[Array, Array]:
@@ -125,7 +139,7 @@ def _whole_blocks(key: Array, value: Array, length: Array) -> tuple[Array, Array
     return jnp.concatenate([key, first], axis=1), jnp.pad(value, ((0, 0), (0, rest), (0, 0)))
 
 
-def _blockwise_backward(residuals, grad: Array):
+def _blockwise_backward(kernel: bool, residuals, grad: Array):
     query, key, value, length, out, log_sum = residuals
     num_keys = key.shape[1]
     delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)

@@ -1,0 +1,107 @@
+"""Attention to many keys as one kernel, for NVIDIA GPUs (Pallas, by way of Triton).
+
+The online softmax of `ops.attention` (FlashAttention, arXiv 2205.14135) with the scores of a block
+of queries kept on the chip. Keys are split where there are few queries, so that the whole chip has
+work. Values may be narrower than keys.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from sam2jax.types import Array
+
+QUERIES, KEYS = 128, 64  # in a block
+PROGRAMS = 128  # that a large chip runs at once
+MOST_SPLITS = 8
+MASKED = -1e30
+_PER_BIT = 1.4426950408889634  # log2(e): the chip has exponentials of base 2
+
+
+def flash_attention(
+    query: Array, key: Array, value: Array, length: Array, *, interpret: bool = False
+) -> tuple[Array, Array]:
+    """`softmax(query key^T) value` over the first `length` keys.
+
+    Args:
+      query: [B, T, d] bfloat16, scaled.
+      key: [B, K, d] bfloat16.
+      value: [B, K, e] bfloat16.
+      length: [B] int32.
+      interpret: run it as JAX, on any device.
+
+    Returns:
+      [B, T, e] bfloat16, zeros where no key is valid, and the logarithm of the summed weights
+      [B, T] float32.
+    """
+    count, rows, width = query.shape[0], query.shape[1], value.shape[2]
+    query, key, value = _padded(query, QUERIES), _padded(key, KEYS), _padded(value, KEYS)
+    blocks = query.shape[1] // QUERIES
+    splits = max(1, min(MOST_SPLITS, PROGRAMS // (count * blocks)))
+
+    def whole(x: Array) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *x.shape[1:]), lambda b, i, s: (b, 0, 0))
+
+    out, log_sum = pl.pallas_call(
+        functools.partial(_kernel, splits),
+        grid=(count, blocks, splits),
+        in_specs=[
+            pl.BlockSpec((1,), lambda b, i, s: (b,)),
+            pl.BlockSpec((None, QUERIES, query.shape[2]), lambda b, i, s: (b, i, 0)),
+            whole(key),
+            whole(value),
+        ],
+        out_specs=[
+            pl.BlockSpec((None, None, QUERIES, value.shape[2]), lambda b, i, s: (b, s, i, 0)),
+            pl.BlockSpec((None, None, QUERIES), lambda b, i, s: (b, s, i)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((count, splits, query.shape[1], value.shape[2]), jnp.float32),
+            jax.ShapeDtypeStruct((count, splits, query.shape[1]), jnp.float32),
+        ],
+        compiler_params=None if interpret else triton.CompilerParams(num_warps=8, num_stages=2),
+        interpret=interpret,
+        name="flash_attention",
+    )(length, query, key, value)
+    total = jax.nn.logsumexp(log_sum, axis=1)
+    out = jnp.sum(out * jnp.exp(log_sum - total[:, None])[..., None], axis=1)
+    return out[:, :rows, :width].astype(value.dtype), total[:, :rows]
+
+
+def _padded(x: Array, rows: int) -> Array:
+    """To whole blocks, with as many channels as a power of two."""
+    channels = max(1 << (x.shape[2] - 1).bit_length(), 16)
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % rows), (0, channels - x.shape[2])))
+
+
+def _kernel(splits: int, length_ref, query_ref, key_ref, value_ref, out_ref, log_sum_ref) -> None:
+    """A block of queries, and one split of the blocks of keys."""
+    length, query = length_ref[0], query_ref[...]
+    blocks = lax.div(length + (KEYS - 1), jnp.int32(KEYS))
+    first, after = (lax.div(blocks * (pl.program_id(2) + i), jnp.int32(splits)) for i in (0, 1))
+
+    def add(index: Array, carry):
+        total, row_sum, row_max = carry
+        start = index * KEYS
+        scores = triton.dot(query, key_ref[pl.ds(start, KEYS), :].T) * _PER_BIT
+        valid = start + lax.broadcasted_iota(jnp.int32, scores.shape, 1) < length
+        scores = jnp.where(valid, scores, MASKED)
+        new_max = jnp.maximum(row_max, jnp.max(scores, axis=1))
+        weights = jnp.exp2(scores - new_max[:, None])
+        shrunk = jnp.exp2(row_max - new_max)
+        part = triton.dot(weights.astype(value_ref.dtype), value_ref[pl.ds(start, KEYS), :])
+        row_sum = row_sum * shrunk + jnp.sum(weights, axis=1)
+        return total * shrunk[:, None] + part, row_sum, new_max
+
+    rows = jnp.zeros((query.shape[0],), jnp.float32)
+    carry = jnp.zeros(out_ref.shape, jnp.float32), rows, rows + MASKED
+    total, row_sum, row_max = lax.fori_loop(first, after, add, carry)
+    row_sum = jnp.maximum(row_sum, jnp.finfo(jnp.float32).tiny)
+    out_ref[...] = total / row_sum[:, None]
+    log_sum_ref[...] = (row_max + jnp.log2(row_sum)) / _PER_BIT
