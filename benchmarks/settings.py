@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+
 from sam2jax.config import VARIANTS, SAM2Config
 
 SEED = 7  # of the weights: live ones, as random ones do the same work as trained ones
@@ -31,7 +33,10 @@ class Settings:
         config = VARIANTS[variant]
         size = self.image_size or config.image_size
         # The official package fills holes by a CUDA extension alone; here neither side does.
-        return dataclasses.replace(config, image_size=size, dtype=self.dtype, fill_hole_area=0)
+        config = dataclasses.replace(config, image_size=size, dtype=self.dtype, fill_hole_area=0)
+        # It computes objects as one batch; so does a device that one of them does not fill.
+        together = 8 if jax.default_backend() == "gpu" else config.objects_at_once
+        return dataclasses.replace(config, objects_at_once=together)
 
     @property
     def first(self) -> SAM2Config:
