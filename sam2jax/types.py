@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
+
+from sam2jax.tree import Tree
 
 Array = jax.Array
 ArrayLike = Any  # array, list or scalar that NumPy understands
@@ -25,7 +26,7 @@ CONDITIONING = 1  # a new conditioning frame: answered without memory, kept for 
 REFINEMENT = 2  # clicks that correct a tracked frame: answered with memory
 
 
-class ImageFeatures(struct.PyTreeNode):
+class ImageFeatures(Tree):
     """What the image encoder makes of a batch of frames; all that later stages see of them."""
 
     high_res_s0: Array  # [B, S/4, S/4, C/8]
@@ -33,7 +34,7 @@ class ImageFeatures(struct.PyTreeNode):
     features: Array  # [B, S/16, S/16, C]
 
 
-class MaskCandidates(struct.PyTreeNode):
+class MaskCandidates(Tree):
     """The mask decoder's answer: token 0 is the single mask, tokens 1..M the alternatives."""
 
     masks: Array  # [N, 1 + M, S/4, S/4] float32 logits
@@ -42,7 +43,7 @@ class MaskCandidates(struct.PyTreeNode):
     object_score: Array  # [N] float32 logit, above 0: the object is in the frame
 
 
-class MaskPrediction(struct.PyTreeNode):
+class MaskPrediction(Tree):
     """The answer on an image: M masks for each of N prompts."""
 
     masks: Array  # [N, M, S/4, S/4] float32 logits
@@ -50,7 +51,7 @@ class MaskPrediction(struct.PyTreeNode):
     object_score: Array  # [N] float32 logit; the official image predictor does not use it
 
 
-class MemoryRead(struct.PyTreeNode):
+class MemoryRead(Tree):
     """What a frame attends to, per object; valid entries come first (leading [N] when vmapped)."""
 
     spatial: Array  # [K, HW, D] spatial memories
@@ -65,7 +66,7 @@ class MemoryRead(struct.PyTreeNode):
     pointer_scale: Array | None = None  # [Q] float32
 
 
-class FrameMemory(struct.PyTreeNode):
+class FrameMemory(Tree):
     """What one frame leaves behind for one object (leading [N] when vmapped)."""
 
     frame: Array  # [] int32 frame index; EMPTY: NaN or infinity arose, and nothing is left behind
@@ -75,7 +76,7 @@ class FrameMemory(struct.PyTreeNode):
     object_score: Array  # [] float32 logit
 
 
-class Explanation(struct.PyTreeNode):
+class Explanation(Tree):
     """How the answer on one frame came about (leading [T] after `track`).
 
     K, Q, L: spatial memories and pointers that are read, and layers of the memory attention. Slots
@@ -93,7 +94,7 @@ class Explanation(struct.PyTreeNode):
     carried: Any  # the policy's own state after the frame, with a leading [N]
 
 
-class FrameOutput(struct.PyTreeNode):
+class FrameOutput(Tree):
     """The answer on one frame (leading [T] after `track`)."""
 
     masks: Array  # [N, S/4, S/4] float32 logits; `resize_masks` brings them to the frame
@@ -105,7 +106,7 @@ class FrameOutput(struct.PyTreeNode):
     explanation: Explanation | None = None  # on request
 
 
-class Prompts(struct.PyTreeNode):
+class Prompts(Tree):
     """Prompts on one frame, for each of N objects. `Prompts.make` builds them from lists.
 
     Points are (x, y) in pixels of the frame that is given with them. Entries past `num_points`
@@ -228,7 +229,7 @@ class Prompts(struct.PyTreeNode):
         return jax.tree.map(lambda *x: jnp.stack(x), *rows)
 
 
-class ClipPrompts(struct.PyTreeNode):
+class ClipPrompts(Tree):
     """Prompts on K frames of a clip; a frame that has none takes no room."""
 
     frames: Array  # [K] int32 frame index, EMPTY for padding

@@ -7,7 +7,7 @@ import sys
 
 from tests.conftest import ROOT
 
-BASE = {"config", "types", "version"}
+BASE = {"config", "tree", "types", "version"}
 NN = BASE | {"ops"}
 TRACKING = NN | {"nn", "memory"}
 FILES = BASE | {"io"}
@@ -19,7 +19,8 @@ APPLICATIONS = {"predictors", "training", "evaluation"}
 # What each part of the package may import, besides itself.
 SEES = {
     "config": set(),
-    "types": {"config"},
+    "tree": set(),
+    "types": {"config", "tree"},
     "version": set(),
     "ops": BASE,
     "nn": NN,

@@ -12,15 +12,15 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from sam2jax.config import SAM2Config
+from sam2jax.tree import Tree
 from sam2jax.types import EMPTY, Array, FrameMemory, MemoryRead
 
 FAR = np.iinfo(np.int32).max // 2
 
 
-class MemoryBank(struct.PyTreeNode):
+class MemoryBank(Tree):
     """Slots that are free hold the frame index EMPTY."""
 
     cond_frame: Array  # [C] int32, conditioning frames
@@ -94,7 +94,7 @@ def empty(config: SAM2Config, max_cond_frames: int, room: Room = NO_ROOM) -> Mem
 # Reading ------------------------------------------------------------------------------------------
 
 
-class Selected(struct.PyTreeNode):
+class Selected(Tree):
     """Which of K slots a frame attends to: conditioning ones first, recent ones behind them."""
 
     valid: Array  # [K] bool
@@ -194,6 +194,15 @@ def release(bank: MemoryBank, frame: Array, when: Array) -> MemoryBank:
     return bank.replace(
         recent_frame=freed(bank.recent_frame), pointer_frame=freed(bank.pointer_frame)
     )
+
+
+def first_prompted(start: Array, frame: Array, direction: Array, conditioning: Array) -> Array:
+    """The first conditioning frame in the order of time, or EMPTY, once `frame` is taken in.
+
+    Frames that lie ahead are remembered before their turn: the first is not the first written.
+    """
+    earlier = (start == EMPTY) | ((frame - start) * direction < 0)
+    return jnp.where(conditioning & earlier, frame, start)
 
 
 def put(slot: Array, old: Array, new: Array) -> Array:

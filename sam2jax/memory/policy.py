@@ -17,10 +17,11 @@ from flax import struct
 from sam2jax.config import SAM2Config
 from sam2jax.memory import official
 from sam2jax.memory.bank import MemoryBank, Room
+from sam2jax.tree import Tree
 from sam2jax.types import Array, FrameMemory, MaskCandidates, MemoryRead
 
 
-class Now(struct.PyTreeNode):
+class Now(Tree):
     """The frame that is being processed, for one object."""
 
     frame: Array  # [] int32
@@ -31,7 +32,7 @@ class Now(struct.PyTreeNode):
     multimask: Array  # [] bool, one of the three alternatives is taken, not the single mask
 
 
-class Choice(struct.PyTreeNode):
+class Choice(Tree):
     """What is taken of the decoder's masks, for an object of P lineages."""
 
     parent: Array  # [P] int32, the lineage that each goes on from
@@ -39,7 +40,7 @@ class Choice(struct.PyTreeNode):
     present: Array  # [P] bool, whether that lineage's object is in sight
 
 
-class Seen(struct.PyTreeNode):
+class Seen(Tree):
     """The answer on a frame, for one object."""
 
     alternatives: Array  # [3, S/4, S/4] logits
@@ -49,7 +50,7 @@ class Seen(struct.PyTreeNode):
     object_score: Array  # [] logit
 
 
-class MemoryPolicy(struct.PyTreeNode):
+class MemoryPolicy(Tree):
     """What is kept and what is attended to: pure functions over the bank of one object.
 
     `carried` is the policy's own state, any pytree of arrays; `settings` are its numbers, which
@@ -93,7 +94,7 @@ def sam2(
     return SAM2.replace(settings=Reach(memory_temporal_stride, max_cond_frames))
 
 
-class Reach(struct.PyTreeNode):
+class Reach(Tree):
     """How far back SAM 2's rule looks: static, as shapes depend on it."""
 
     memory_temporal_stride: int | None = struct.field(pytree_node=False, default=None)

@@ -30,6 +30,10 @@ class SAM2(nn.Module):
 
     config: SAM2Config
 
+    def __repr__(self) -> str:
+        config = self.config
+        return f"SAM2({config.name}, image_size={config.image_size}, dtype={config.dtype})"
+
     def setup(self) -> None:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         width = config.hidden_dim

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from sam2jax.config import SAM2Config
 from sam2jax.memory.bank import MemoryBank, empty
@@ -21,10 +20,11 @@ from sam2jax.ops.resize import resize_masks
 from sam2jax.tracking.segment import fit_mask_prompt
 from sam2jax.tracking.state import TrackState
 from sam2jax.tracking.step import encode_frames, process_frame
-from sam2jax.types import EMPTY, Array, FrameMemory, ImageFeatures, Prompts
+from sam2jax.tree import Tree
+from sam2jax.types import EMPTY, Array, FrameMemory, ImageFeatures, MaskCandidates, Prompts
 
 
-class Record(struct.PyTreeNode):
+class Record(Tree):
     """One object's answer on one frame, and what it leaves behind."""
 
     masks: Array  # [S/4, S/4] float32 logits, holes filled
@@ -106,7 +106,7 @@ def fit_mask(mask: Array, size: int) -> Array:
     return fit_mask_prompt(mask[None], size)[0]
 
 
-class Held(struct.PyTreeNode):
+class Held(Tree):
     """What the tracker holds of one object."""
 
     bank: MemoryBank
@@ -128,11 +128,13 @@ def remember(
     record: Record,
     direction: Array,
     conditioning: Array,
+    multimask: Array,
+    due: Array,
 ) -> Held:
     """With a frame's memory put in, as a conditioning or a recent one.
 
-    What the policy makes of the answer is worked out again; what it made of the decoder's other
-    masks is not known any more.
+    What the policy makes of the answer is worked out again, if it is `due`: frames that lie ahead
+    wait for their turn. What it made of the decoder's other masks is not known any more.
     """
     memory = record.memory
     now = Now(
@@ -141,20 +143,61 @@ def remember(
         num_frames=jnp.int32(config.max_obj_ptrs_in_encoder),
         conditioning=conditioning,
         recent=~conditioning,
-        multimask=jnp.zeros((), bool),
+        multimask=multimask,
     )
+    # An answer without a pixel is no motion to follow.
+    iou = jnp.where(jnp.any(record.masks > 0), memory.iou, 0.0)
+    candidates = MaskCandidates(
+        masks=jnp.broadcast_to(record.masks, (4, *record.masks.shape)),
+        ious=jnp.broadcast_to(iou, 4),
+        tokens=jnp.zeros((4, config.hidden_dim)),
+        object_score=memory.object_score,
+    )
+    carried, of_each = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (policy.lineages, *jnp.shape(x))), (held.carried, candidates)
+    )
+    _, carried = policy.choose(config, policy.settings, carried, of_each, now)
     seen = Seen(
-        alternatives=jnp.broadcast_to(record.masks, (3, *record.masks.shape)),
+        alternatives=candidates.masks[1:],
         chosen=jnp.int32(0),
         mask=record.masks,
         iou=memory.iou,
         object_score=memory.object_score,
     )
-    carried, _ = policy.judge(config, policy.settings, held.carried, seen, now)
+    first = jax.tree.map(lambda x: x[0], carried)
+    judged, _ = policy.judge(config, policy.settings, first, seen, now)
+    carried = jax.tree.map(partial(jnp.where, due), judged, held.carried)
     bank, carried = policy.write(config, policy.settings, held.bank, carried, memory, now)
     # A frame on which NaN or infinity arose has left nothing behind.
     something = partial(jnp.where, memory.frame != EMPTY)
     return jax.tree.map(something, Held(bank=bank, carried=carried), held)
+
+
+@partial(jax.jit, static_argnums=0)
+def take_turn(
+    config: SAM2Config,
+    policy: MemoryPolicy,
+    state: TrackState,
+    place: Array,
+    record: Record,
+    direction: Array,
+    multimask: Array,
+) -> TrackState:
+    """With an object's prompted frame told to the policy, when tracking has come to it."""
+    rows = place * policy.lineages + jnp.arange(policy.lineages)
+    held = Held(bank=state.bank, carried=state.carried)
+    told = jax.vmap(
+        lambda held: remember(
+            config, policy, held, record, direction, jnp.bool_(True), multimask, jnp.bool_(True)
+        )
+    )(jax.tree.map(lambda x: x[rows], held))
+    held = jax.tree.map(lambda old, new: old.at[rows].set(new), held, told)
+    return state.replace(bank=held.bank, carried=held.carried)
+
+
+def carries(config: SAM2Config, policy: MemoryPolicy) -> bool:
+    """Whether the policy has a state of its own."""
+    return bool(jax.tree.leaves(jax.eval_shape(lambda: nothing_held(config, policy, 1).carried)))
 
 
 @partial(jax.jit, static_argnums=0)

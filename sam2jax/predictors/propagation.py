@@ -11,7 +11,15 @@ import numpy as np
 
 from sam2jax.memory.policy import MemoryPolicy
 from sam2jax.nn.sam2 import SAM2
-from sam2jax.predictors.programs import Record, at_size, encode, take, track_frames
+from sam2jax.predictors.programs import (
+    Record,
+    at_size,
+    carries,
+    encode,
+    take,
+    take_turn,
+    track_frames,
+)
 from sam2jax.predictors.session import (
     OBJECTS,
     InferenceState,
@@ -55,6 +63,7 @@ class Propagation:
         self._tracker: TrackState | None = None
         self._version = state.version
         self._chunk = frames_at_once()
+        self._carries = carries(model.config, policy)
 
     def run(self, start: int, stop: int | None) -> Iterator[FrameAnswer]:
         """Answers from frame `start` to `stop`, or to the end of the video.
@@ -89,6 +98,8 @@ class Propagation:
         for row, frame in enumerate(frames):
             busy[row, : len(histories)] = [frame not in history.cond for history in histories]
         tracked = self._track(frames, busy) if busy.any() else None
+        if self._carries and frames:
+            self._take_turns(frames[-1])
         answers = []
         for row, frame in enumerate(frames):
             records = [
@@ -145,26 +156,45 @@ class Propagation:
             except IndexError:  # the container promised more frames than it holds
                 break
             chunk.append(frame)
+            if self._carries and any(frame in h.cond for h in self._histories.values()):
+                break  # its turn has come, before the next one is tracked
         return chunk
 
     def _track(self, frames: Sequence[int], busy: np.ndarray) -> Record:
-        if self._tracker is None:
-            self._tracker = build_state(
-                self.model.config,
-                self.policy,
-                self.state,
-                list(self._histories.values()),
-                frames[0],
-                self._direction,
-                self._capacity,
-            )
-        tracker = self._tracker.replace(frame_index=np.int32(frames[0]))
+        tracker = self._tracker_at(frames[0])
         self._tracker = None  # given away; it stays so if what follows is interrupted
         features = self._features(frames)
         self._tracker, records = track_frames(
             self.model, self.params, self.policy, tracker, features, busy, self._direction
         )
         return records
+
+    def _take_turns(self, frame: int) -> None:
+        """Tells the policy of objects that are prompted on a frame, which are not tracked there."""
+        config = self.model.config
+        for place, history in enumerate(self._histories.values()):
+            if frame in history.cond:
+                self._tracker = take_turn(
+                    config,
+                    self.policy,
+                    self._tracker_at(frame),
+                    np.int32(place),
+                    history.cond[frame],
+                    self._direction,
+                    np.bool_(history.is_alternative(config, frame)),
+                )
+
+    def _tracker_at(self, frame: int) -> TrackState:
+        tracker = self._tracker or build_state(
+            self.model.config,
+            self.policy,
+            self.state,
+            list(self._histories.values()),
+            frame,
+            self._direction,
+            self._capacity,
+        )
+        return tracker.replace(frame_index=np.int32(frame))
 
     def _features(self, frames: Sequence[int]) -> ImageFeatures:
         if self._chunk == 1:

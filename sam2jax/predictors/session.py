@@ -15,7 +15,7 @@ import numpy as np
 
 from sam2jax.config import SAM2Config
 from sam2jax.memory.policy import SAM2, MemoryPolicy
-from sam2jax.predictors.programs import Held, Record, nothing_held, remember, stack
+from sam2jax.predictors.programs import Held, Record, carries, nothing_held, remember, stack
 from sam2jax.tracking.state import TrackState
 from sam2jax.types import ImageFeatures
 
@@ -62,6 +62,12 @@ class ObjectHistory:
     def is_prompted(self) -> bool:
         """Whether there is, or will be, a conditioning frame to track from."""
         return bool(self.cond or self.pending_cond)
+
+    def is_alternative(self, config: SAM2Config, frame: int) -> bool:
+        """Whether a frame was answered by one of three alternatives, not by the single mask."""
+        clicks = len(self.points[frame][1]) if frame in self.points else 0
+        most = config.multimask_max_pt_num
+        return frame not in self.masks and config.multimask_min_pt_num <= clicks <= most
 
     def settle(self, clear_around: int | None) -> None:
         """Makes pending answers memories (official `propagate_in_video_preflight`)."""
@@ -123,6 +129,15 @@ class InferenceState:
     version: int = 0  # of what is remembered, raised by every change but tracking
     cached_features: tuple[int, ImageFeatures] | None = None  # of the frame looked at last
 
+    def __repr__(self) -> str:
+        size = f"{self.video_width}x{self.video_height}"
+        prompted = sorted({f for h in self.objects.values() for f in (*h.points, *h.masks)})
+        tracked = len({frame for history in self.objects.values() for frame in history.tracked})
+        return (
+            f"InferenceState({self.video.name}, {size}, obj_ids={self.obj_ids}, "
+            f"prompted frames={prompted}, {tracked} frames tracked)"
+        )
+
     @property
     def num_frames(self) -> int:
         return self.video.num_frames
@@ -183,14 +198,19 @@ def _hold(
     def age(other: int) -> int:
         return (frame - other) * int(direction)
 
-    recent = [f for f in history.recent if 0 < age(f) <= memory_reach(config, policy)]
-    recent.sort(key=age, reverse=True)
-    for frames, records, conditioning in (
-        (history.cond, history.cond, np.True_),  # of equally far ones the first prompted is read
-        (recent, history.recent, np.False_),
-    ):
-        for index in frames:
-            held = remember(config, policy, held, records[index], direction, conditioning)
+    def write(held: Held, index: int, record: Record, *, due: bool) -> Held:
+        conditioning = np.bool_(index in history.cond)
+        alternative = np.bool_(history.is_alternative(config, index))
+        return remember(
+            config, policy, held, record, direction, conditioning, alternative, np.bool_(due)
+        )
+
+    for index, record in history.cond.items():  # of equally far ones the first prompted is read
+        held = write(held, index, record, due=False)
+    answers = {**history.recent, **(history.cond if carries(config, policy) else {})}
+    for index in sorted(answers, key=age, reverse=True):
+        if 0 < age(index) <= memory_reach(config, policy):
+            held = write(held, index, answers[index], due=True)
     return held
 
 

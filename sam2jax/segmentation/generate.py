@@ -9,17 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.ops.boxes import mask_boxes, non_maximum_suppression
 from sam2jax.ops.linear import einsum
 from sam2jax.ops.resize import bilinear_weights, blend_rows, taps
 from sam2jax.segmentation.image import decode_masks
+from sam2jax.tree import Tree
 from sam2jax.types import Array, ImageFeatures, Prompts
 
 
-class Canvas(struct.PyTreeNode):
+class Canvas(Tree):
     """Where in an image a crop lies, as the weights that bring its masks there."""
 
     rows: Array  # [2, H] int32, rows of the mask that each row of the image lies between
@@ -48,14 +48,14 @@ class Canvas(struct.PyTreeNode):
         return blend_rows(wide[..., None], self.rows, self.shares)[..., 0], inside[None]
 
 
-class MaskMeasures(struct.PyTreeNode):
+class MaskMeasures(Tree):
     """What masks are judged by, at the size of the image."""
 
     stability: Array  # [C] float32; NaN for a mask that is empty even at the lower threshold
     boxes: Array  # [C, 4] int32
 
 
-class GeneratedMasks(struct.PyTreeNode):
+class GeneratedMasks(Tree):
     """The best masks of an image, best first."""
 
     masks: Array  # [K, S/4, S/4] float32 logits

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from sam2jax.config import SAM2Config
 from sam2jax.nn.memory_attention import WATCHED
@@ -20,6 +19,7 @@ from sam2jax.nn.sam2 import SAM2
 from sam2jax.ops.masks import stability_score
 from sam2jax.ops.resize import resize_bilinear, resize_masks
 from sam2jax.tracking.state import TrackState
+from sam2jax.tree import Tree
 from sam2jax.types import (
     CONDITIONING,
     NO_OBJ_SCORE,
@@ -37,7 +37,7 @@ MASK_SCALE, MASK_BIAS = 20.0, -10.0
 MEMORY_SCALE, MEMORY_BIAS = 20.0, -10.0
 
 
-class Answer(struct.PyTreeNode):
+class Answer(Tree):
     """The decoder's choice for N objects."""
 
     masks: Array  # [N, S/4, S/4] float32
@@ -46,7 +46,7 @@ class Answer(struct.PyTreeNode):
     pointer: Array  # [N, C]
 
 
-class Attended(struct.PyTreeNode):
+class Attended(Tree):
     """Where the attention of N objects went, as in `Explanation`."""
 
     mass: Array  # [N, L, K]

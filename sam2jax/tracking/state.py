@@ -13,10 +13,11 @@ from sam2jax.memory.bank import MemoryBank, empty
 from sam2jax.memory.policy import SAM2 as SAM2_POLICY
 from sam2jax.memory.policy import MemoryPolicy
 from sam2jax.nn.sam2 import SAM2
+from sam2jax.tree import Tree
 from sam2jax.types import Array
 
 
-class TrackState(struct.PyTreeNode):
+class TrackState(Tree):
     """An immutable value; its size depends on the model and the number of objects alone."""
 
     bank: MemoryBank  # every field with a leading [N], or [N * P] where a policy has P lineages

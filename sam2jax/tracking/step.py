@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from sam2jax.config import SAM2Config
 from sam2jax.memory.policy import SAM2 as SAM2_POLICY
@@ -29,6 +28,7 @@ from sam2jax.tracking.segment import (
     run_model,
 )
 from sam2jax.tracking.state import TrackState
+from sam2jax.tree import Tree
 from sam2jax.types import (
     CONDITIONING,
     EMPTY,
@@ -158,7 +158,7 @@ def scale_prompts(config: SAM2Config, prompts: Prompts, frame: Array) -> Prompts
     return prompts.replace(points=prompts.points * scale.reshape(1, 1, 2))
 
 
-class FrameResult(struct.PyTreeNode):
+class FrameResult(Tree):
     """What came of a frame, for N objects of P lineages each: every field has a leading [N * P]."""
 
     output: FrameOutput

@@ -6,8 +6,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from sam2jax.tree import Tree
 from sam2jax.types import Array
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
@@ -23,7 +23,7 @@ class LossConfig:
     object_score: float = 1.0
 
 
-class Losses(struct.PyTreeNode):
+class Losses(Tree):
     """The parts, before they are weighted; they add up over steps, frames and objects."""
 
     mask: Array  # focal loss of the best mask

@@ -10,8 +10,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from sam2jax.tree import Tree
 from sam2jax.types import Array
 
 BOX_NOISE, MOST_BOX_NOISE = 0.1, 20.0  # share of the box's sides, and pixels
@@ -42,7 +42,7 @@ class PromptConfig:
             )
 
 
-class Plan(struct.PyTreeNode):
+class Plan(Tree):
     """What happens to a clip's T frames, in the order in which they are processed."""
 
     frame: Array  # [T] int32: conditioning frames first, the others as time goes

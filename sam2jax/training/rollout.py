@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from sam2jax.config import SAM2Config
 from sam2jax.memory import official as rule
@@ -23,6 +22,7 @@ from sam2jax.tracking import segment
 from sam2jax.tracking.state import TrackState, init_state
 from sam2jax.training.losses import LossConfig, Losses, mask_iou, prediction_losses
 from sam2jax.training.prompts import Plan, PromptConfig, sample_box, sample_click
+from sam2jax.tree import Tree
 from sam2jax.types import (
     CONDITIONING,
     NO_OBJ_SCORE,
@@ -38,7 +38,7 @@ from sam2jax.types import (
 FORWARD = 1
 
 
-class FrameItem(struct.PyTreeNode):
+class FrameItem(Tree):
     """One frame of a clip and what happens on it."""
 
     pixels: Array  # [S, S, 3] uint8
@@ -54,7 +54,7 @@ class FrameItem(struct.PyTreeNode):
     dropout_key: Array  # random
 
 
-class Shown(struct.PyTreeNode):
+class Shown(Tree):
     """The answer so far, to be corrected and then remembered."""
 
     answer: segment.Answer

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sam2jax.nn.sam2 import SAM2
@@ -20,13 +19,14 @@ from sam2jax.training.lora import init_lora, merge_lora
 from sam2jax.training.optimizer import make_optimizer, make_schedule
 from sam2jax.training.prompts import make_plan
 from sam2jax.training.rollout import clip_losses
+from sam2jax.tree import Tree
 from sam2jax.types import Array
 
 # The random frequencies of positions, and what no forward pass reads.
 NEVER_TRAINED = r"positional_encoding_gaussian_matrix$|^no_mem_pos_enc$"
 
 
-class TrainState(struct.PyTreeNode):
+class TrainState(Tree):
     """What a run carries from step to step. Parameters are float32, {path: array}."""
 
     step: Array  # [] int32, steps taken

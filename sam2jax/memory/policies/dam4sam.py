@@ -13,6 +13,7 @@ from sam2jax.memory.bank import (
     MemoryBank,
     Room,
     Selected,
+    first_prompted,
     put,
     put_cond,
     put_recent,
@@ -21,13 +22,14 @@ from sam2jax.memory.bank import (
 )
 from sam2jax.memory.policy import MemoryPolicy, Now, Seen, best_iou
 from sam2jax.ops.masks import largest_component
+from sam2jax.tree import Tree
 from sam2jax.types import EMPTY, Array, FrameMemory, MemoryRead
 
 _AREAS = 10  # of the last visible frames, whose median a new area is held against
 _WITHIN = 300  # frames back that they may lie
 
 
-class Settings(struct.PyTreeNode):
+class Settings(Tree):
     iou_threshold: Array
     area_low: Array
     area_high: Array
@@ -37,7 +39,7 @@ class Settings(struct.PyTreeNode):
     most: int = struct.field(pytree_node=False)  # of the distractor-resolving memory
 
 
-class Carried(struct.PyTreeNode):
+class Carried(Tree):
     start: Array  # [] int32, the first conditioning frame, or EMPTY
     promoted_at: Array  # [] int32, the last promoted frame, or EMPTY
     promote: Array  # [] bool, whether the frame being processed is promoted
@@ -254,7 +256,7 @@ def _write(
     distance = (now.frame - bank.pointer_frame) * now.direction
     pointer = slot_for(bank.pointer_frame, memory.frame, -distance) & recent
     return put_recent(bank, spatial, pointer, memory), carried.replace(
-        start=jnp.where(now.conditioning & (carried.start == EMPTY), memory.frame, carried.start),
+        start=first_prompted(carried.start, memory.frame, now.direction, now.conditioning),
         promoted_at=jnp.where(carried.promote, memory.frame, carried.promoted_at),
         cond_visible=put(cond, carried.cond_visible, carried.visible),
     )

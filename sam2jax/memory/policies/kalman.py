@@ -7,15 +7,15 @@ per frame (arXiv 1703.07402, section 2.1).
 from __future__ import annotations
 
 import jax.numpy as jnp
-from flax import struct
 
+from sam2jax.tree import Tree
 from sam2jax.types import Array
 
 _POSITION, _VELOCITY = 1 / 20, 1 / 160  # standard deviations, in heights
 _HIGH = "highest"  # precision of products, whatever the device's default
 
 
-class Motion(struct.PyTreeNode):
+class Motion(Tree):
     mean: Array  # [8] float32
     covariance: Array  # [8, 8] float32
 

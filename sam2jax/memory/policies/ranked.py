@@ -10,16 +10,23 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from flax import struct
 
 from sam2jax.config import SAM2Config
 from sam2jax.memory import official
-from sam2jax.memory.bank import FAR, MemoryBank, Selected, put_recent, slot_for
+from sam2jax.memory.bank import (
+    FAR,
+    MemoryBank,
+    Selected,
+    first_prompted,
+    put_recent,
+    slot_for,
+)
 from sam2jax.memory.policy import Now
+from sam2jax.tree import Tree
 from sam2jax.types import EMPTY, Array, FrameMemory
 
 
-class Accepted(struct.PyTreeNode):
+class Accepted(Tree):
     """Which of a bank's slots hold accepted frames, beside the previous one."""
 
     start: Array  # [] int32, the first conditioning frame, or EMPTY
@@ -115,12 +122,11 @@ def write(
     pointer = slot(bank.pointer_frame, accepted.pointer)
     again = jnp.any(accepted.pointer & (bank.pointer_frame == memory.frame))
     count = accepted.count - again + (good_pointer & recent)
-    start = jnp.where(conditioning & (accepted.start == EMPTY), memory.frame, accepted.start)
     bank = put_recent(
         official.write_conditioning(bank, memory, conditioning), spatial, pointer, memory
     )
     return bank, Accepted(
-        start=start,
+        start=first_prompted(accepted.start, memory.frame, now.direction, conditioning),
         count=jnp.maximum(count, 0),
         recent=jnp.where(spatial, good, accepted.recent & (bank.recent_frame != EMPTY)),
         pointer=jnp.where(pointer, good_pointer, accepted.pointer & (bank.pointer_frame != EMPTY)),

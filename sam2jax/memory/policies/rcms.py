@@ -10,15 +10,16 @@ from sam2jax.config import SAM2Config
 from sam2jax.memory import official
 from sam2jax.memory.bank import FAR, MemoryBank, Room, put_recent, slot_for
 from sam2jax.memory.policy import MemoryPolicy, Now, Seen, best_iou
+from sam2jax.tree import Tree
 from sam2jax.types import EMPTY, Array, FrameMemory, MemoryRead
 
 
-class Settings(struct.PyTreeNode):
+class Settings(Tree):
     threshold: Array  # of the reliability
     most: int = struct.field(pytree_node=False)  # frames that are promoted
 
 
-class Carried(struct.PyTreeNode):
+class Carried(Tree):
     reliability: Array  # [] of the frame being processed
     recent: Array  # [R] bool, which slots hold reliable frames
     pointer: Array  # [P] bool

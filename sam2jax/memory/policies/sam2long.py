@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from sam2jax.config import SAM2Config
 from sam2jax.memory import official
@@ -12,20 +11,21 @@ from sam2jax.memory.bank import MemoryBank, Selected
 from sam2jax.memory.policies import ranked
 from sam2jax.memory.policies.ranked import Accepted
 from sam2jax.memory.policy import Choice, MemoryPolicy, Now, no_judgement
+from sam2jax.tree import Tree
 from sam2jax.types import Array, FrameMemory, MaskCandidates, MemoryRead
 
 _COND_SCORE = 10.0  # what conditioning frames count as, among object scores
 _LEAST_IOU = 1e-5
 
 
-class Settings(struct.PyTreeNode):
+class Settings(Tree):
     iou_threshold: Array
     certainty: Array
     low: Array
     high: Array
 
 
-class Carried(struct.PyTreeNode):
+class Carried(Tree):
     accepted: Accepted
     score: Array  # [] sum of the logarithms of the predicted IoUs along the lineage
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from sam2jax.config import SAM2Config
 from sam2jax.memory import official
@@ -14,12 +13,13 @@ from sam2jax.memory.policies.kalman import Motion
 from sam2jax.memory.policies.ranked import Accepted
 from sam2jax.memory.policy import Choice, MemoryPolicy, Now, no_judgement
 from sam2jax.ops.resize import resize_masks
+from sam2jax.tree import Tree
 from sam2jax.types import Array, FrameMemory, MaskCandidates, MemoryRead
 
 _NO_SCORE = jnp.inf  # of a frame that was chosen without motion
 
 
-class Settings(struct.PyTreeNode):
+class Settings(Tree):
     """The release's values are the defaults of `samurai`."""
 
     alpha: Array  # weight of motion beside the predicted IoU
@@ -31,7 +31,7 @@ class Settings(struct.PyTreeNode):
     stable_iou: Array  # below which the motion is given up
 
 
-class Carried(struct.PyTreeNode):
+class Carried(Tree):
     accepted: Accepted
     motion: Motion
     stable: Array  # [] int32, frames for which the motion has held
