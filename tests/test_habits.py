@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 import sam2jax
 from sam2jax import Prompts, memory
@@ -18,7 +17,8 @@ def test_model_state_and_outputs_show_themselves_in_short():
     shown = repr(STATE)
     assert shown.startswith("TrackState(bank=MemoryBank(13 arrays [2, ...] of ")
     assert "frame_index=0, num_frames=9" in shown and len(shown) < 300
-    assert "recent_spatial=bfloat16[2, 6, 16, 16]" in repr(STATE.bank) and len(repr(STATE.bank)) < 500
+    bank = repr(STATE.bank)
+    assert "recent_spatial=bfloat16[2, 6, 16, 16]" in bank and len(bank) < 500
     shapes = [(2, 16, 16), (2,), (2,), (2,), (2, 7), (2, 16)]
     output = sam2jax.FrameOutput(*map(jnp.zeros, shapes))
     assert repr(output).startswith("FrameOutput(masks=float32[2, 16, 16], iou=float32[2], ")
