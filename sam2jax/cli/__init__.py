@@ -15,6 +15,7 @@ from sam2jax.cli.export import export
 from sam2jax.cli.info import info
 from sam2jax.cli.segment import segment
 from sam2jax.cli.track import track
+from sam2jax.cli.track_all import track_all
 from sam2jax.cli.train import train
 from sam2jax.version import __version__
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(track)
+app.command()(track_all)
 app.command()(segment)
 app.command()(auto)
 app.command()(train)

@@ -219,15 +219,24 @@ def _read_file(table: PromptTable, path: pathlib.Path) -> None:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path} of prompts.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
+    add_entries(table, entries, path.parent, str(path))
+
+
+def add_entries(table: PromptTable, entries: Any, folder: pathlib.Path, name: str) -> None:
+    """Adds what a file of prompts holds; paths of masks are relative to `folder`.
+
+    Raises:
+        ValueError: an entry of `name` cannot be understood or contradicts another.
+    """
     if not isinstance(entries, list):
-        raise ValueError(f"{path}: expected a list of prompts, see `sam2jax track --help`.")
+        raise ValueError(f"{name}: expected a list of prompts, see `sam2jax track --help`.")
     for number, entry in enumerate(entries):
         try:
-            _add_entry(table, entry, path.parent)
+            _add_entry(table, entry, folder)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}, entry {number}: {error}") from error
+            raise ValueError(f"{name}, entry {number}: {error}") from error
 
 
 def _add_entry(table: PromptTable, entry: Any, folder: pathlib.Path) -> None:

@@ -19,6 +19,7 @@ from sam2jax.tracking.state import TrackState, init_state
 from sam2jax.tracking.step import (
     FrameResult,
     encode_frame,
+    encode_frames,
     process_ahead,
     process_frame,
     scale_prompts,
@@ -32,6 +33,7 @@ from sam2jax.types import (
     Array,
     ClipPrompts,
     FrameOutput,
+    ImageFeatures,
     Prompts,
 )
 
@@ -47,6 +49,8 @@ def track(
     reverse: bool = False,
     policy: MemoryPolicy = SAM2_POLICY,
     explain: bool = False,
+    look_ahead: bool = True,
+    frames_at_once: int = 1,
 ) -> tuple[TrackState, FrameOutput]:
     """Tracks through a clip, or a chunk of one, as one compiled program.
 
@@ -73,6 +77,10 @@ def track(
         the chunk, along the best of them, unless it is `online`.
       explain: the answers come with an `Explanation`: what was attended to, the candidates, and
         the policy's own state.
+      look_ahead: whether prompted frames of this chunk are encoded first; False where `condition`
+        has remembered them before.
+      frames_at_once: how many frames are encoded as one batch; a divisor of T. With T and frames
+        that are split over devices by time, each device encodes its own.
 
     Returns:
       The state for the next chunk, and the answers with a leading [T], in order of time.
@@ -81,12 +89,19 @@ def track(
       ValueError, TypeError: shapes or dtypes do not fit.
     """
     if getattr(frames, "ndim", 0) == 5:
-        given = {"reverse": reverse, "policy": policy, "explain": explain}
+        given = {
+            "reverse": reverse,
+            "policy": policy,
+            "explain": explain,
+            "look_ahead": look_ahead,
+            "frames_at_once": frames_at_once,
+        }
         return _track_videos(model, params, frames, prompts, state, lengths, **given)
     if lengths is not None:
         raise ValueError("lengths are for several videos, frames [V, T, H, W, 3].")
     check_frame(model.config, frames, leading=1)
     num_frames = frames.shape[0]
+    _check_frames_at_once(num_frames, frames_at_once)
     if isinstance(prompts, Mapping):
         prompts = ClipPrompts.make(prompts)
     if state is None:
@@ -100,7 +115,11 @@ def track(
         check_prompts(model.config, one, state.num_objects, leading=leading)
     prompts, ahead = _by_frame(prompts, state.frame_index)
     return _track(
-        model, params, policy, frames, prompts, state, reverse=reverse, ahead=ahead, explain=explain
+        *(model, params, policy, frames, prompts, state),
+        reverse=reverse,
+        ahead=look_ahead and ahead,
+        explain=explain,
+        frames_at_once=frames_at_once,
     )
 
 
@@ -115,11 +134,14 @@ def _track_videos(
     reverse: bool,
     policy: MemoryPolicy,
     explain: bool,
+    look_ahead: bool,
+    frames_at_once: int,
 ) -> tuple[TrackState, FrameOutput]:
     """`track` on several videos, padded to one length; everything has a leading [V]."""
     check_frame(model.config, frames, leading=2)
     count, longest = frames.shape[:2]
     _check_videos(count, longest, prompts, states, lengths)
+    _check_frames_at_once(longest, frames_at_once)
     if states is None:
         one, room = _of_a_frame(prompts)
         # In reverse the padding comes first, when nothing is known yet.
@@ -138,7 +160,12 @@ def _track_videos(
         check_state(model.config, state, policy)
         if prompts is not None:
             check_prompts(model.config, prompts.prompts, state.num_objects, leading=1)
-        flags = {"reverse": reverse, "ahead": ahead, "explain": explain}
+        flags = {
+            "reverse": reverse,
+            "ahead": look_ahead and ahead,
+            "explain": explain,
+            "frames_at_once": frames_at_once,
+        }
         return _track(model, params, policy, frames, prompts, state, end, **flags)
 
     return jax.vmap(one_video)(frames, prompts, states, ends)
@@ -165,6 +192,14 @@ def _check_videos(
         known = np.asarray(lengths)
         if known.min() < 0 or known.max() > longest:
             raise ValueError(f"lengths must be from 0 to {longest}, got {known.tolist()}.")
+
+
+def _check_frames_at_once(num_frames: int, frames_at_once: int) -> None:
+    if frames_at_once < 1 or (frames_at_once > 1 and num_frames % frames_at_once):
+        raise ValueError(
+            f"frames_at_once must divide the {num_frames} frames, got {frames_at_once}; pad them "
+            "and give lengths, or track the rest by another call."
+        )
 
 
 def _of_a_frame(prompts: Prompts | ClipPrompts | None) -> tuple[Prompts, int]:
@@ -197,19 +232,31 @@ def _any_ahead(frames: Array, first: Array) -> bool:
     return bool(np.any((prompted != np.asarray(first)[..., None]) & (prompted != EMPTY)))
 
 
-@partial(jax.jit, static_argnames=("model", "reverse", "ahead", "explain"))
-def _track(model, params, policy, frames, prompts, state, end=None, *, reverse, ahead, explain):
+@partial(jax.jit, static_argnames=("model", "reverse", "ahead", "explain", "frames_at_once"))
+def _track(
+    model,
+    params,
+    policy,
+    frames,
+    prompts,
+    state,
+    end=None,
+    *,
+    reverse,
+    ahead,
+    explain,
+    frames_at_once,
+):
     """`end` [] int32: frames from there on are padding; None: there is none."""
     if ahead:
         state = _encode_all_ahead(model, params, policy, frames, prompts, state, end, reverse)
 
     direction = time_direction(reverse)
 
-    def body(state: TrackState, frame: Array):
+    def track_encoded(state: TrackState, features: ImageFeatures):
         now = None
         if prompts is not None:
-            now = scale_prompts(model.config, _prompts_at(prompts, state.frame_index), frame)
-        features = encode_frame(model, params, frame)
+            now = scale_prompts(model.config, _prompts_at(prompts, state.frame_index), frames[0])
         after, result = process_frame(
             model, params, state, features, now, direction, policy, explain
         )
@@ -218,7 +265,20 @@ def _track(model, params, policy, frames, prompts, state, end=None, *, reverse, 
         kept = result.best(policy.lineages) if policy.online else result
         return after, (kept.output, kept.parent)
 
-    state, (outputs, parents) = jax.lax.scan(body, state, frames, reverse=reverse)
+    def track_frame(state: TrackState, frame: Array):
+        return track_encoded(state, encode_frame(model, params, frame))
+
+    def track_batch(state: TrackState, batch: Array):
+        features = encode_frames(model, params, batch)
+        single = jax.tree.map(lambda x: x[:, None], features)
+        return jax.lax.scan(track_encoded, state, single, reverse=reverse)
+
+    if frames_at_once == 1:
+        state, (outputs, parents) = jax.lax.scan(track_frame, state, frames, reverse=reverse)
+    else:
+        batches = frames.reshape(-1, frames_at_once, *frames.shape[1:])
+        state, answers = jax.lax.scan(track_batch, state, batches, reverse=reverse)
+        outputs, parents = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), answers)
     if not policy.online:
         outputs = _read_back(outputs, parents, policy.lineages, reverse)
     return state, outputs

@@ -1,0 +1,152 @@
+"""`sam2jax track-all`: objects through many videos, on all devices, alone or as one of many."""
+
+from __future__ import annotations
+
+import enum
+import os
+import pathlib
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from sam2jax.cli.prompts import BOX, POINT, read_prompts
+from sam2jax.cli.session import DType, errors_told, load_model, read_policy
+
+SOME_FAILED = 1  # the exit code where videos were passed over
+
+
+class Masks(enum.StrEnum):
+    json = "json"
+    npz = "npz"
+    png = "png"
+
+
+def track_all(
+    videos: Annotated[
+        pathlib.Path,
+        typer.Argument(
+            metavar="LIST|FOLDER", help="A file with a video on each line, or a folder of videos."
+        ),
+    ],
+    checkpoint: Annotated[
+        str, typer.Option(help="An official .pt, safetensors, what sam2jax saved, or a hub id.")
+    ],
+    out: Annotated[
+        pathlib.Path, typer.Option(metavar="DIR", help="Where each video's masks are written.")
+    ],
+    point: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar=POINT, help="A click in all videos that have no prompts of their own."
+        ),
+    ] = None,
+    box: Annotated[
+        list[str] | None, typer.Option(metavar=BOX, help="A box in all of those.")
+    ] = None,
+    prompts: Annotated[
+        pathlib.Path | None, typer.Option(metavar="FILE.json", help="Prompts for all of those.")
+    ] = None,
+    masks: Annotated[
+        Masks,
+        typer.Option(help="NAME.json (COCO run lengths), NAME.npz (arrays), or NAME/ (PNGs)."),
+    ] = Masks.json,
+    dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
+    image_size: Annotated[
+        int | None, typer.Option(help="What frames are resized to; by default the model's own.")
+    ] = None,
+    apply_postprocessing: Annotated[
+        bool,
+        typer.Option(
+            "--apply-postprocessing/--no-postprocessing",
+            help="Whether to do as the official builders: fill holes, pick stable masks.",
+        ),
+    ] = True,
+    policy: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[:SETTING=VALUE,...]", help="What is remembered, as in sam2jax track."
+        ),
+    ] = "sam2",
+    videos_per_device: Annotated[
+        int, typer.Option(min=1, help="Videos that a device tracks at once.")
+    ] = 1,
+    process_id: Annotated[
+        int | None,
+        typer.Option(min=0, help="Which of several processes this is; by default the scheduler's."),
+    ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(min=1, help="How many share the list; likewise.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Track objects through many videos, from prompts in a list or beside each video.
+
+    Several videos are tracked at once, split over all devices of this machine. Each one's masks
+    appear in --out when they are whole, and videos that have them are passed over: a run that was
+    stopped goes on where it was. Videos that fail are named at the end; the exit code is 1 then,
+    and another run tries those again.
+
+    Each of N processes does every N-th video of the list, and they need not know of each other.
+    Slurm and TPU pods say which one it is; in a Kubernetes Job or JobSet give --num-processes, and
+    anywhere else --process-id too.
+
+    \b
+    Examples:
+      sam2jax track-all videos/ --checkpoint sam2.1_hiera_tiny.pt --out masks/
+      sam2jax track-all videos.txt --checkpoint sam2.1_hiera_tiny.pt --out masks/ --point 210,350
+      srun -n 8 sam2jax track-all videos.txt --checkpoint sam2.1_hiera_tiny.pt --out masks/
+
+    \b
+    A line of a list is a path, or JSON; paths are relative to the list. Prompts are those of
+    sam2jax track, here or in a file; without any, VIDEO.json beside the video is read.
+      clips/cups.mp4
+      {"video": "clips/dog.mp4", "prompts": [{"object": 1, "points": [[210, 350]]}]}
+      {"video": "frames/cat", "prompts": "cat_prompts.json", "name": "cat_1"}
+    """
+    with errors_told():
+        from sam2jax.cli.plan import find_process, read_list, share
+
+        index, count = find_process(os.environ, process_id, num_processes)
+        tasks = read_list(videos)
+        _refuse_folder_of_videos(out, {task.video.parent for task in tasks})
+        given = point or box or prompts
+        common = read_prompts(point or (), box or (), (), prompts) if given else None
+        out.mkdir(parents=True, exist_ok=True)
+        from sam2jax.cli.batch import result_path
+
+        mine = share(tasks, index, count)
+        todo = [task for task in mine if not result_path(out, task.name, masks.value).exists()]
+        if count > 1 or len(todo) < len(mine):
+            typer.echo(
+                f"process {index} of {count}: {len(todo)} of its {len(mine)} videos are to be "
+                f"done ({len(tasks)} in all)",
+                err=True,
+            )
+        if not todo:
+            return
+        model, params = load_model(checkpoint, image_size, dtype, apply_postprocessing)
+        from sam2jax.tracking.state import require_memory
+
+        require_memory(model.config)
+        from sam2jax.cli.batch import Job
+        from sam2jax.cli.batch import track_all as run
+
+        job = Job(
+            *(model, params, read_policy(policy), out, masks.value, common, videos_per_device)
+        )
+        failed = []
+        for outcome in tqdm(run(job, todo), total=len(todo), unit=" videos", disable=quiet):
+            if outcome.problem is not None:
+                failed.append(outcome)
+    for outcome in failed:
+        typer.echo(f"error: {outcome.name}: {outcome.problem}", err=True)
+    if failed:
+        typer.echo(f"{len(failed)} of {len(todo)} videos failed; run again to try those.", err=True)
+        raise typer.Exit(SOME_FAILED)
+
+
+def _refuse_folder_of_videos(out: pathlib.Path, folders: set[pathlib.Path]) -> None:
+    """A result beside a video would be taken for its prompts, or replace its frames."""
+    if any(folder.resolve() == out.resolve() for folder in folders):
+        raise ValueError(f"{out} holds videos of the list; choose another folder for --out.")
