@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import sam2jax
@@ -387,11 +388,30 @@ def test_convert(sam2jax_cli, checkpoint):
     refused(sam2jax_cli("convert", "no.pt", "model.pt"), "no.pt")
 
 
-@pytest.mark.parametrize("command", [[], ["track"], ["convert"], ["info"]])
+COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS if name != "bench")])
 def test_help(sam2jax_cli, command):
+    """With an example of the command that it is about."""
     result = sam2jax_cli(*command, "--help")
     assert result.exit_code == 0
-    assert not command or "Example" in result.output
+    examples = result.output.partition("Example")[2]
+    assert " ".join(["\n    sam2jax", *command]) in examples
+
+
+def test_shells_complete_commands_and_options():
+    def completed(line: str, shell: str = "bash") -> str:
+        typed = {"COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        result = CliRunner().invoke(
+            app, [], prog_name="sam2jax", env={"_SAM2JAX_COMPLETE": f"complete_{shell}", **typed}
+        )
+        return result.output
+
+    assert {"track", "track-all", "train"} <= set(completed("sam2jax tr").split())
+    assert "--checkpoint" in completed("sam2jax track --ch").split()
+    source = {"_SAM2JAX_COMPLETE": "source_zsh"}
+    assert "compdef" in CliRunner().invoke(app, [], prog_name="sam2jax", env=source).output
 
 
 def test_version(sam2jax_cli):

@@ -21,9 +21,7 @@ from sam2jax.version import __version__
 
 app = typer.Typer(
     name="sam2jax",
-    help="Segment Anything 2 in JAX: click on an object, get its mask in every frame.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -59,4 +57,11 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="And exit.")
     ] = False,
 ) -> None:
-    pass
+    """Segment Anything 2 in JAX: click on an object, get its mask in every frame.
+
+    \b
+    Examples:
+      sam2jax demo
+      sam2jax track clip.mp4 --checkpoint sam2.1_hiera_tiny.pt --point 210,350 --out out.mp4
+      sam2jax track --help
+    """

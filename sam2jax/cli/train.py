@@ -39,8 +39,10 @@ def train(
 ) -> None:
     """Fine-tune a checkpoint on your own videos, or train a model from scratch.
 
-    Example: sam2jax train --config finetune --show > mine.toml, edit, then
-    sam2jax train --config mine.toml
+    \b
+    Example, with a file to edit in between:
+      sam2jax train --config finetune --show > mine.toml
+      sam2jax train --config mine.toml
     """
     with errors_told():
         import dataclasses
