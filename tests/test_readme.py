@@ -22,6 +22,11 @@ SNIPPETS = re.findall(r"```(python|console)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line for kind, text in SNIPPETS if kind == "console" for line in text.splitlines()]
 PYTHON = "".join(text for kind, text in SNIPPETS if kind == "python")
 
+SMALL = small_config(
+    image_size=64,
+    trunk=HieraConfig(8, 1, (1, 1, 1, 1), (2,), (4, 2, 4, 2)),
+    memory_attention=MemoryAttentionConfig(num_layers=1, mlp_dim=64),
+)
 MINE = """
 output = "runs/mine"
 steps = 1
@@ -45,10 +50,7 @@ corrections = 0
 def folder(tmp_path_factory):
     """A clip and a checkpoint, under the names that the README gives them."""
     path = tmp_path_factory.mktemp("readme")
-    trunk = HieraConfig(8, 1, (1, 1, 1, 1), (2,), (4, 2, 4, 2))
-    attention = MemoryAttentionConfig(num_layers=1, mlp_dim=64)
-    config = small_config(image_size=64, trunk=trunk, memory_attention=attention)
-    sam2jax.save(path / "sam2.1_hiera_tiny.pt", config, random_params(config, seed=3))
+    sam2jax.save(path / "sam2.1_hiera_tiny.pt", SMALL, random_params(SMALL, seed=3))
     frames = np.random.default_rng(0).integers(0, 255, (3, 360, 400, 3), np.uint8)
     (path / "photos").mkdir()
     for name in ("cups.jpg", "photos/1.png"):

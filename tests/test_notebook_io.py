@@ -1,0 +1,75 @@
+"""Pictures and clicks in notebooks."""
+
+import builtins
+import importlib.util
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sam2jax.io.notebook import Clicks, clicks, show
+
+RED, BLUE = (np.full((30, 60, 3), c, np.uint8) for c in ((200, 0, 0), (0, 0, 200)))
+
+
+def test_show_places_pictures_in_rows():
+    pixels = show([RED, BLUE, BLUE], columns=2, width=40).pixels
+    assert pixels.shape == (20 + 4 + 20, 40 + 4 + 40, 3)
+    assert (pixels[5, 5] == RED[0, 0]).all() and (pixels[5, 60] == BLUE[0, 0]).all()
+    assert (pixels[30, 60] == 255).all()  # the fourth place is free
+    decoded = Image.open(io.BytesIO(show(RED, width=60)._repr_jpeg_()))
+    np.testing.assert_allclose(np.asarray(decoded), RED, atol=8)
+
+
+def test_show_refuses_other_things():
+    with pytest.raises(ValueError, match="one size"):
+        show([RED, RED[:10]])
+    with pytest.raises(ValueError, match="one size"):
+        show([])
+
+
+def without_anywidget(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "anywidget" else find(name)
+    )
+
+
+def test_clicks_without_a_front_end(monkeypatch):
+    without_anywidget(monkeypatch)
+    given = clicks(RED, points=[(10, 20), (30, 5)], labels=[1, 0])
+    assert isinstance(given, Clicks)
+    assert given.points == [[10, 20], [30, 5]] and given.labels == [1, 0]
+    assert clicks(RED, points=[(10, 20)]).labels == [1]
+    drawn = np.asarray(Image.open(io.BytesIO(given._repr_jpeg_())))
+    assert np.abs(drawn.astype(int) - RED).max() > 50
+
+
+def test_clicks_are_refused_where_they_do_not_fit():
+    with pytest.raises(ValueError, match="each of 1 points, got 2"):
+        clicks(RED, points=[(1, 2)], labels=[1, 0])
+
+
+def test_importing_needs_no_widget(monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        assert name.split(".")[0] != "anywidget"
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    without_anywidget(monkeypatch)
+    clicks(RED, points=[(1, 2)])
+
+
+def test_the_widget_has_what_was_given_and_takes_clicks():
+    pytest.importorskip("anywidget")
+    widget = clicks(RED, points=[(10, 20)], object_id=2)
+    assert widget.points == [[10.0, 20.0]] and widget.labels == [1]
+    assert Image.open(io.BytesIO(widget.png)).size == (60, 30)
+    data, _ = widget._repr_mimebundle_()
+    assert data["image/jpeg"][:2] == b"\xff\xd8"
+    # What the front end sends when someone clicks.
+    widget.set_state({"points": [[10.0, 20.0], [3.0, 4.0]], "labels": [1, 0]})
+    assert widget.points[1] == [3.0, 4.0] and widget.labels == [1, 0]
