@@ -23,6 +23,7 @@ COMMANDS = [line for kind, text in SNIPPETS if kind == "console" for line in tex
 PYTHON = "".join(text for kind, text in SNIPPETS if kind == "python")
 
 SMALL = small_config(
+    name="sam2.1_hiera_tiny",
     image_size=64,
     trunk=HieraConfig(8, 1, (1, 1, 1, 1), (2,), (4, 2, 4, 2)),
     memory_attention=MemoryAttentionConfig(num_layers=1, mlp_dim=64),
