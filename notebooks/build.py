@@ -23,7 +23,7 @@ def execute(path: pathlib.Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
-        timeout=600,
+        timeout=None,
         kernel_name="python3",
         store_widget_state=False,
         coalesce_streams=True,
