@@ -36,7 +36,8 @@ _STORAGES = {
 }
 _WRITTEN = {_STORAGES[name]: name for name in ("FloatStorage", "BFloat16Storage")}
 _COMPRESSED = "is compressed or encrypted, as torch.save never does; save it again with torch.save."
-_MAX_PICKLE_BYTES = 64 * 2**20  # the description of a few thousand tensors takes below one
+_MAX_PICKLE_BYTES = 16 * 2**20  # the description of a few thousand tensors takes below one
+_MOST_DIMENSIONS = 64  # as in NumPy
 
 
 def is_torch_file(path: str | os.PathLike[str]) -> bool:
@@ -94,6 +95,8 @@ class _Storages:
 
     def __init__(self, file: BinaryIO, archive: zipfile.ZipFile) -> None:
         members = {info.filename: info for info in archive.infolist()}
+        if len(members) < len(archive.infolist()):
+            raise Refused("is damaged: its archive has two members of one name.")
         programs = [name for name in members if name.rpartition("/")[2] == "data.pkl"]
         if len(programs) != 1:
             raise Refused("is a zip archive, but not one that torch.save wrote.")
@@ -119,7 +122,7 @@ class _Storages:
         """The `count` numbers of storage `key`."""
         info = self._members.get(f"{self._prefix}data/{key}")
         if info is None:
-            raise Refused(f"is damaged: it has no storage {key!r}.")
+            raise Refused(f"is damaged: it has no storage {key[:100]!r}.")
         if info.compress_type != zipfile.ZIP_STORED:
             raise Refused(_COMPRESSED)
         header = self._bytes[info.header_offset : info.header_offset + 30]
@@ -149,8 +152,9 @@ class _Tag(NamedTuple):
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> np.ndarray:
     """`torch._utils._rebuild_tensor_v2`: a strided view, checked against its storage."""
-    numbers = (offset, *size, *stride)
-    if not isinstance(storage, np.ndarray) or not all(type(n) is int and n >= 0 for n in numbers):
+    numbers = (offset, *_short(size), *_short(stride))
+    fit = all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+    if not isinstance(storage, np.ndarray) or not fit:
         raise Refused("is damaged: a tensor has no storage, or a size that is not a number.")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     empty = math.prod(size) == 0
@@ -165,12 +169,25 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> np.nd
     return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
 
 
+def _short(sizes: Any) -> tuple[Any, ...]:
+    """`torch.Size`. Long ones would let a few bytes that refer to them fill the memory."""
+    if not isinstance(sizes, tuple | list) or len(sizes) > _MOST_DIMENSIONS:
+        raise Refused("is damaged: a size is no short row of numbers.")
+    return tuple(sizes)
+
+
+def _device(*parts: Any) -> _Tag:
+    if len(parts) > 2 or not all(type(part) in (str, int) for part in parts):
+        raise Refused("is damaged: a device has no name.")
+    return _Tag("device")
+
+
 _CALLS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": lambda items=(): dict(items),
+    "collections.OrderedDict": dict,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
-    "torch.Size": lambda items=(): tuple(items),
-    "torch.device": lambda *parts: _Tag(":".join(map(str, parts))),
+    "torch.Size": lambda sizes=(): _short(sizes),
+    "torch.device": _device,
 }
 _DTYPES = (
     *("float16", "bfloat16", "float32", "float64", "bool", "uint8"),
@@ -184,8 +201,8 @@ def _global(module: str, name: str) -> Any:
     if full in _TAGS or full in _CALLS:
         return _Tag(full)
     raise Refused(
-        f"wants to use {full!r}, which weights do not need: refused, nothing was run. With a file "
-        'you trust, in PyTorch: torch.save({"model": torch.load(file, weights_only=False)'
+        f"wants to use {full!r:.200}, which weights do not need: refused, nothing was run. With a "
+        'file you trust, in PyTorch: torch.save({"model": torch.load(file, weights_only=False)'
         '["model"]}, new).'
     )
 
@@ -193,6 +210,8 @@ def _global(module: str, name: str) -> Any:
 def _call(function: Any, arguments: Any) -> Any:
     if not isinstance(function, _Tag) or function.name not in _CALLS:
         raise Refused("wants to call something that is no function: refused, nothing was run.")
+    if function.name == "collections.OrderedDict" and arguments:
+        raise Refused("is damaged: it fills a mapping in a way that torch.save does not.")
     return _CALLS[function.name](*arguments)
 
 
@@ -220,7 +239,7 @@ def _interpret(program: bytes, storage: Callable[[np.dtype, str, int], np.ndarra
     except Refused:
         raise
     except Exception as error:  # whatever a damaged pickle leads to, the pickle is damaged
-        raise Refused(f"is damaged: its pickle cannot be read ({error}).") from error
+        raise Refused(f"is damaged: its pickle cannot be read ({str(error)[:200]}).") from error
 
 
 def _follow(program: bytes, storage: Callable[[np.dtype, str, int], np.ndarray]) -> Any:
@@ -240,7 +259,13 @@ def _follow(program: bytes, storage: Callable[[np.dtype, str, int], np.ndarray])
     def fill(items: list[Any]) -> None:
         target = stack[-1]
         if type(target) is dict:
-            target.update(zip(items[::2], items[1::2], strict=True))
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                # A tuple that holds itself many times over takes for ever to hash.
+                if type(key) not in (str, int):
+                    raise Refused("is damaged: a key is neither a string nor a whole number.")
+                if key in target:
+                    raise Refused(f"is damaged: the key {str(key)[:100]!r} is there twice.")
+                target[key] = value
         elif type(target) is list:
             target.extend(items)
         else:
@@ -297,7 +322,7 @@ def _storage_of(reference: Any, storage: Callable[[np.dtype, str, int], np.ndarr
     kind_of, kind, key, _, count = reference
     name = kind.name.removeprefix("torch.") if isinstance(kind, _Tag) else ""
     if kind_of != "storage" or name not in _STORAGES or type(key) is not str:
-        raise Refused(f"holds numbers of a kind that is not supported ({name or 'unknown'}).")
+        raise Refused(f"holds numbers of a kind that is not supported ({name[:100] or 'unknown'}).")
     return storage(_STORAGES[name], key, count)
 
 

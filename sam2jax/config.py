@@ -8,6 +8,7 @@ weights ship with the package.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 DType = Literal["float32", "bfloat16"]
@@ -99,9 +100,10 @@ class SAM2Config:
     multimask_max_pt_num: int = 1
 
     def __post_init__(self) -> None:
-        if self.image_size < 32 or self.image_size % 32:
+        if not 32 <= self.image_size <= _MOST_PIXELS or self.image_size % 32:
             raise ValueError(
-                f"image_size must be a positive multiple of 32, got {self.image_size}."
+                f"image_size must be a multiple of 32 from 32 to {_MOST_PIXELS}, got "
+                f"{self.image_size}."
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}.")
@@ -151,31 +153,60 @@ class SAM2Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SAM2Config:
-        """Inverse of `to_dict`. Unknown names are refused."""
-        parts = {
-            "trunk": HieraConfig,
-            "memory_attention": MemoryAttentionConfig,
-            "mask_decoder": MaskDecoderConfig,
-        }
+        """Inverse of `to_dict`.
 
-        def build(kind: Any, given: Any) -> Any:
-            if not isinstance(given, dict):
-                raise ValueError(f"{kind.__name__} must be a mapping, got {type(given).__name__}.")
-            unknown = sorted(set(given) - {f.name for f in dataclasses.fields(kind)})
-            if unknown:
-                raise ValueError(f"{kind.__name__} has no field {', '.join(map(repr, unknown))}.")
-            return kind(
-                **{
-                    name: build(parts[name], value)
-                    if kind is cls and name in parts
-                    else tuple(value)
-                    if isinstance(value, list)
-                    else value
-                    for name, value in given.items()
-                }
-            )
+        Raises:
+          ValueError: a name is unknown, or a value of another kind, or larger than in any model:
+            who wrote the file may mean harm.
+        """
+        return _build(cls, values)
 
-        return build(cls, values)
+
+_MOST_PIXELS = 8192  # image_size
+_MOST_LAYERS = 48  # of any kind, in a row or side by side
+_MOST_WIDE = 4096
+_MOST = 2**31 - 1  # of all other whole numbers
+_LAYERS = (
+    *("stages", "num_layers", "num_fuser_layers", "iou_head_depth"),
+    *("num_multimask_outputs", "num_maskmem", "max_obj_ptrs_in_encoder", "mlp_ratio"),
+)
+_WIDTHS = (
+    *("embed_dim", "hidden_dim", "mem_dim", "mlp_dim", "iou_head_hidden_dim", "mask_in_chans"),
+    *("num_heads", "window_spec", "window_pos_embed_bkg_spatial_size"),
+)
+
+
+def _build(kind: Any, given: Any) -> Any:
+    """A dataclass from a mapping; defaults tell what kind of value each field has."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{kind.__name__} must be a mapping, got {type(given).__name__}.")
+    unknown = sorted(set(given) - {field.name for field in dataclasses.fields(kind)})
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no field {', '.join(map(repr, unknown[:3]))}.")
+    return kind(**{name: _value(name, getattr(kind, name), v) for name, v in given.items()})
+
+
+def _value(name: str, default: Any, value: Any) -> Any:
+    """A field's value, checked against its default."""
+    if dataclasses.is_dataclass(default):
+        return _build(type(default), value)
+    if isinstance(default, tuple):
+        free = name == "global_att_blocks"  # all others have a fixed length
+        if not isinstance(value, list | tuple) or not (free or len(value) == len(default)):
+            raise ValueError(f"{name} must be {len(default)} whole numbers.")
+        if len(value) > 4 * _MOST_LAYERS:
+            raise ValueError(f"{name} is longer than that of any model.")
+        return tuple(_value(name, 0, item) for item in value)
+    if isinstance(default, float) and type(value) is int:
+        value = float(value) if abs(value) <= _MOST else math.nan
+    if type(value) is not type(default):
+        raise ValueError(f"{name} must be {type(default).__name__}, got {str(value)[:50]!r}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite.")
+    most = _MOST_LAYERS if name in _LAYERS else _MOST_WIDE if name in _WIDTHS else _MOST
+    if type(value) is int and not -1 <= value <= most:
+        raise ValueError(f"{name} must be -1 to {most}, got {str(value)[:50]}.")
+    return value
 
 
 # Inference options of a model without the official post-processing (`apply_postprocessing=False`).

@@ -40,11 +40,12 @@ def config_from_header(text: str, name: str) -> SAM2Config:
     try:
         values = json.loads(text)
         version, config = values["version"], values["config"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{name} is damaged: its configuration cannot be read.") from error
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{name} is of format {version!r}, and this sam2jax reads {FORMAT_VERSION}; upgrade it."
+            f"{name} is of format {version!r:.20}, and this sam2jax reads {FORMAT_VERSION}; "
+            "upgrade it."
         )
     try:
         return SAM2Config.from_dict(config)

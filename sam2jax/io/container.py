@@ -19,6 +19,8 @@ from av.stream import Disposition
 from sam2jax.io.video import Video
 
 _BUDGET = 256 * 2**20  # bytes of decoded frames kept while reading backward
+_MOST_PIXELS = 2**27  # of a frame
+_LISTS = ("concat", "dash", "hls", "imf", "webm_dash_manifest")  # of other files' names
 _UNTIMED = ("avi", "h264", "hevc", "m4v", "mpegvideo")  # their time stamps do not order frames
 _TURNS = {
     1: (("transpose", "cclock"),),
@@ -232,21 +234,36 @@ def _scan(source: pathlib.Path | bytes, name: str) -> _Index:
 def _open(source: pathlib.Path | bytes, name: str) -> Any:
     try:
         if isinstance(source, bytes):
-            return av.open(io.BytesIO(source))
-        with source.open("rb"):  # for Python's own, clearer errors about access
-            return av.open(str(source))
-    except FFmpegError as error:
+            container = av.open(io.BytesIO(source), metadata_errors="replace")
+        else:
+            with source.open("rb"):  # for Python's own, clearer errors about access
+                container = av.open(str(source), metadata_errors="replace")
+    except (FFmpegError, MemoryError) as error:
         raise ValueError(
             f"{name} is not a video that FFmpeg can read, or an incomplete one; expected a video "
             "file (mp4, mkv, mov, webm, ...) or a folder of JPEG or PNG frames."
         ) from error
+    if container.format.name in _LISTS:
+        container.close()
+        raise ValueError(f"{name} is a list of other files; give the video itself.")
+    return container
 
 
 def video_stream(container: Any, name: str) -> Any:
-    """The first film in a container; ValueError where there is none."""
+    """The first film in a container.
+
+    Raises:
+        ValueError: there is none, its codec is unknown, or its frames are huge.
+    """
     # The tty demuxer takes any .txt for a film of its letters; a cover picture is no film either.
     for stream in container.streams.video if container.format.name != "tty" else ():
         if not stream.disposition & Disposition.attached_pic:
+            if stream.codec_context is None:
+                raise ValueError(f"{name} is damaged, or of a codec that FFmpeg does not know.")
+            if stream.width * stream.height > _MOST_PIXELS:
+                raise ValueError(
+                    f"{name} has frames of {stream.width}x{stream.height}, larger than can be read."
+                )
             return stream
     raise ValueError(f"{name} holds no video; expected a video file (mp4, mkv, mov, webm, ...).")
 

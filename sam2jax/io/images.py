@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+# What a file may be, whatever its name. Pillow knows others, some of which run programs.
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 _DIM = 32  # a grey picture darker than this everywhere holds object numbers, not brightness
 
 
@@ -59,7 +61,7 @@ def image_dimensions(path: PathLike) -> tuple[int, int]:
     """(height, width) of an image file, from its header."""
     from PIL import Image
 
-    with _reading(path), Image.open(path) as image:
+    with _reading(path), Image.open(path, formats=_FORMATS) as image:
         return image.height, image.width
 
 
@@ -74,7 +76,7 @@ def open_image(path: PathLike) -> Image:
     """
     from PIL import Image
 
-    with _reading(path), Image.open(path) as image:
+    with _reading(path), Image.open(path, formats=_FORMATS) as image:
         return image.convert("RGB")
 
 
@@ -119,7 +121,7 @@ def read_mask(path: PathLike) -> np.ndarray:
     """
     from PIL import Image
 
-    with _reading(path), Image.open(path) as image:
+    with _reading(path), Image.open(path, formats=_FORMATS) as image:
         as_stored = image.mode in ("P", "1")
         values = np.asarray(image if as_stored else image.convert("L")).astype(np.uint8)
         indexed = image.mode == "P" or values.max() < _DIM
@@ -147,7 +149,7 @@ def read_labels(path: PathLike) -> tuple[np.ndarray, bytes | None]:
     """
     from PIL import Image
 
-    with _reading(path), Image.open(path) as image:
+    with _reading(path), Image.open(path, formats=_FORMATS) as image:
         mode, colors = image.mode, image.getpalette()
         labels = np.asarray(image)
     if mode not in ("P", "L", "1"):

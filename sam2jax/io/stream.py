@@ -236,8 +236,9 @@ def _open(address: str, name: str, raw: RawFormat | None) -> Any:
                 "pipe:0", format="rawvideo", options={"pixel_format": "rgb24", **options}
             )
         if address == _STDIN:
-            return av.open("pipe:0")
-        return av.open(address, format="v4l2" if address.startswith(_DEVICE) else None)
+            return av.open("pipe:0", metadata_errors="replace")
+        kind = "v4l2" if address.startswith(_DEVICE) else None
+        return av.open(address, format=kind, metadata_errors="replace")
     except FFmpegError as error:
         expected = (
             _PIPEABLE if address == _STDIN else "expected a camera or a URL that FFmpeg can read"

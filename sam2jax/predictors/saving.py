@@ -6,9 +6,13 @@ and memories. The video is not in it.
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import pathlib
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -18,15 +22,19 @@ import numpy as np
 
 from sam2jax.config import SAM2Config
 from sam2jax.io.files import PathLike, atomic_path
+from sam2jax.predictors.inputs import check_mask
 from sam2jax.predictors.programs import Record
 from sam2jax.predictors.session import InferenceState, ObjectHistory
-from sam2jax.types import FrameMemory
+from sam2jax.types import FrameMemory, point_rows
 
 FORMAT = "sam2jax session 1"
 RECORDS = ("cond", "recent", "pending_cond", "pending_recent")
 
 # What NumPy and JSON raise for files that are not what they should be.
-DAMAGE = (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile)
+DAMAGE = (
+    *(ValueError, LookupError, EOFError, AttributeError, TypeError, OSError, RuntimeError),
+    *(OverflowError, struct.error, zlib.error, zipfile.BadZipFile),
+)
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -83,6 +91,7 @@ def load(
       ValueError: it is damaged or no session; it belongs to another model, or to another video.
     """
     header, arrays = _read(path)
+    _check_header(path, header)
     ours, theirs = config.to_dict(), header["config"]
     differing = [name for name in ours if json.loads(json.dumps(ours[name])) != theirs.get(name)]
     if differing:
@@ -92,19 +101,46 @@ def load(
         )
     state = open_state(header, arrays)
     size = [state.video_height, state.video_width]
+    try:
+        objects = _objects(header, arrays, config, on_device=not state.offload_state_to_cpu)
+    except DAMAGE as error:
+        raise _damaged(path) from error
     if size != header["video"]["size"] or state.clip_length != header["clip_length"]:
         raise ValueError(
             f"{path} is a session on another video, of height and width "
             f"{header['video']['size']}; got {size}."
         )
+    state.objects.update(objects)
+    state.version += 1
+    return state
+
+
+def _check_header(path: PathLike, header: dict[str, Any]) -> None:
+    """Refuses a header that `save` does not write."""
+    kinds = {
+        **{"config": dict, "video": dict, "clip_length": int, "history": str},
+        **{"offload_state_to_cpu": bool, "ids": list, "tracked": list},
+    }
+    fit = all(type(header.get(name)) is kind for name, kind in kinds.items())
+    video = header.get("video")
+    if not fit or not isinstance(video.get("source"), str | None) or "size" not in video:
+        raise _damaged(path)
+
+
+def _objects(
+    header: dict[str, Any], arrays: Arrays, config: SAM2Config, *, on_device: bool
+) -> dict[Hashable, ObjectHistory]:
+    """Every object's history, by its id."""
+    objects = {}
     for place, (obj_id, tracked) in enumerate(zip(header["ids"], header["tracked"], strict=True)):
         prefix = f"{place}/"
         own = {name[len(prefix) :]: x for name, x in arrays.items() if name.startswith(prefix)}
-        history = _unpack(own, on_device=not state.offload_state_to_cpu)
-        history.tracked = {frame: reverse for frame, reverse in tracked}
-        state.objects[_decode_id(obj_id)] = history
-    state.version += 1
-    return state
+        history = _unpack(own, config, on_device=on_device)
+        history.tracked = {_frame(frame): bool(reverse) for frame, reverse in tracked}
+        objects[_decode_id(obj_id)] = history
+    if len(objects) < len(header["ids"]):
+        raise ValueError("two objects have one id")
+    return objects
 
 
 def _read(path: PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -112,14 +148,39 @@ def _read(path: PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     problem: Exception | None = None
     with pathlib.Path(path).open("rb") as file:
         try:
-            with np.load(file, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+                arrays = {
+                    info.filename.removesuffix(".npy"): _array(archive, info) for info in members
+                }
             header = json.loads(arrays.pop("header").tobytes())
-            if header["format"] == FORMAT:
+            if header["format"] == FORMAT and len(arrays) == len(members) - 1:
                 return header, arrays
-        except DAMAGE as error:
+        except (*DAMAGE, RecursionError) as error:
             problem = error
-    raise ValueError(f"{path} is no session that sam2jax wrote, or it is damaged.") from problem
+    raise _damaged(path) from problem
+
+
+def _damaged(path: PathLike) -> ValueError:
+    return ValueError(f"{path} is no session that sam2jax wrote, or it is damaged.")
+
+
+def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    """An array of an archive; takes no more memory than the file has bytes."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError("it is compressed, as sessions never are")
+    data = archive.read(info)
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    shape, _, kind = read_header(file)
+    if kind.hasobject or math.prod(shape) * kind.itemsize != len(data) - file.tell():
+        raise ValueError("an array is larger or smaller than it says")
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _pack(history: ObjectHistory) -> dict[str, np.ndarray]:
@@ -141,30 +202,59 @@ def _pack(history: ObjectHistory) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _unpack(arrays: Arrays, *, on_device: bool) -> ObjectHistory:
+def _unpack(arrays: Arrays, config: SAM2Config, *, on_device: bool) -> ObjectHistory:
     history = ObjectHistory()
     for name, value in arrays.items():
         kind, _, rest = name.partition("/")
         if kind == "points":
-            history.points[int(rest)] = (value, arrays[f"labels/{rest}"])
+            labels = arrays[f"labels/{rest}"]
+            rows = point_rows(0, _like(value, np.float32, (len(labels), 2)), labels, None, None)
+            history.points[_frame(rest)] = rows
         elif kind == "masks":
-            history.masks[int(rest)] = value
+            history.masks[_frame(rest)] = check_mask(_like(value, np.bool_, value.shape))
     for name in RECORDS:
-        for row, frame in enumerate(arrays.get(f"{name}/frames", ())):
-            leaves = []
-            for index in range(len(jax.tree.leaves(_SHAPE))):
-                leaf = arrays[f"{name}/{index}"][row]
-                leaves.append(leaf.view(ml_dtypes.bfloat16) if leaf.dtype == np.uint16 else leaf)
-            record = jax.tree.unflatten(jax.tree.structure(_SHAPE), leaves)
-            getattr(history, name)[int(frame)] = jax.device_put(record) if on_device else record
+        frames = arrays.get(f"{name}/frames", ())
+        leaves, structure = jax.tree.flatten(_record(config))
+        columns = [
+            _like(arrays[f"{name}/{index}"], leaf.dtype, (len(frames), *leaf.shape))
+            for index, leaf in enumerate(leaves if len(frames) else ())
+        ]
+        for row, frame in enumerate(frames):
+            record = jax.tree.unflatten(structure, [column[row] for column in columns])
+            getattr(history, name)[_frame(frame)] = jax.device_put(record) if on_device else record
     return history
 
 
-# A record's structure, to take it apart by.
-_SHAPE: Any = Record(
-    masks=0,  # type: ignore[arg-type]
-    memory=FrameMemory(frame=0, spatial=0, pointer=0, iou=0, object_score=0),  # type: ignore[arg-type]
-)
+def _frame(number: Any) -> int:
+    frame = int(number)
+    if not 0 <= frame < 2**31:
+        raise ValueError("a frame has a number that is none")
+    return frame
+
+
+def _like(array: np.ndarray, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """An array that must have a kind and a shape; bfloat16 is kept as 16 bits."""
+    if kind == ml_dtypes.bfloat16 and array.dtype == np.uint16:
+        array = array.view(ml_dtypes.bfloat16)
+    if array.dtype != kind or array.shape != shape:
+        raise ValueError("an array has another shape or kind than in a session of this model")
+    return array
+
+
+def _record(config: SAM2Config) -> Any:
+    """What a record of this model looks like."""
+    like = jax.ShapeDtypeStruct
+    side = config.mask_size
+    return Record(
+        masks=like((side, side), np.float32),  # type: ignore[arg-type]
+        memory=FrameMemory(
+            frame=like((), np.int32),  # type: ignore[arg-type]
+            spatial=like((config.feature_size**2, config.mem_dim), ml_dtypes.bfloat16),  # type: ignore[arg-type]
+            pointer=like((config.hidden_dim,), np.float32),  # type: ignore[arg-type]
+            iou=like((), np.float32),  # type: ignore[arg-type]
+            object_score=like((), np.float32),  # type: ignore[arg-type]
+        ),
+    )
 
 
 def _encode_id(obj_id: Hashable) -> Any:

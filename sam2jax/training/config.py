@@ -117,7 +117,7 @@ def read_config(source: str | pathlib.Path) -> TrainConfig:
     """
     try:
         return TrainConfig.from_dict(tomllib.loads(read_text(source)))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{source} is no TOML file: {error}") from error
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+_REACH = 4  # how far polygons may be off, in sides of the frame
 
 def read_json(path: pathlib.Path) -> Any:
     """The contents of a JSON file.
@@ -21,7 +22,7 @@ def read_json(path: pathlib.Path) -> Any:
         raise FileNotFoundError(f"there is no file {path}.")
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON that can be read: {error}.") from error
 
 
@@ -90,5 +91,8 @@ def _from_polygons(polygons: list[Any], size: tuple[int, int]) -> bytes:
     if not polygons or any(len(p) < 6 or len(p) % 2 for p in polygons):
         raise ValueError("a polygon has three corners or more, two numbers each")
     corners: Any = [[float(value) for value in polygon] for polygon in polygons]
+    # pycocotools takes memory for every pixel of an outline, whether inside the frame or not.
+    if not all(abs(value) <= _REACH * max(size) for polygon in corners for value in polygon):
+        raise ValueError("a polygon leaves the frame by far")
     runs: Any = coco.merge(coco.frPyObjects(corners, *size))
     return runs["counts"]
