@@ -59,6 +59,8 @@ def folder(tmp_path_factory):
     with VideoWriter(path / "clip.mp4", 24, 360, 400) as writer:
         for frame in frames:
             writer.write(frame)
+    (path / "videos").mkdir()
+    (path / "videos/cups.mp4").symlink_to(path / "clip.mp4")
     write_benchmark(path / "DAVIS", frames)
     (path / "mine.toml").write_text(MINE)
     return path
@@ -102,7 +104,7 @@ def test_commands(folder, monkeypatch):
             "found/1.png",
             "found/1.json",
         ),
-        *("mine.pt", "davis/results.csv"),
+        *("tracked/cups.json", "mine.pt", "davis/results.csv"),
     ):
         assert (folder / name).stat().st_size > 0
     assert len(list((folder / "masks").iterdir())) == 3
