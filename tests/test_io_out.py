@@ -13,6 +13,7 @@ from sam2jax.io import drawing, writer
 from sam2jax.io.masks import davis_palette, mask_writer
 from sam2jax.io.video import open_video
 from sam2jax.io.writer import VideoWriter
+from sam2jax.training.data.sav import SAVVideo
 from tests.clips import number, picture
 
 
@@ -155,6 +156,22 @@ def test_run_length_masks(tmp_path, masks):
     assert records[1]["bbox"] == [10, 5, 15, 10]
 
 
+def test_masklets_are_what_training_reads(tmp_path, masks):
+    write_masks(tmp_path / "clip_manual.json", masks)
+    contents = json.loads((tmp_path / "clip_manual.json").read_text())
+    assert contents["masklet"][:4] == [None] * 4 and contents["masklet_id"] == [3, 1, 7]
+    assert contents["video_id"] == "clip" and contents["video_frame_count"] == 6
+    assert (contents["video_height"], contents["video_width"]) == (20, 30)
+    assert contents["masklet_first_appeared_frame"] == [4, 4, None]
+    assert contents["masklet_frame_count"] == [2, 2, 0]
+    (tmp_path / "clip").mkdir()
+    for i in range(6):
+        Image.new("RGB", (30, 20)).save(tmp_path / "clip" / f"{i:05d}.jpg")
+    with SAVVideo(tmp_path / "clip", tmp_path / "clip_manual.json", 1) as video:
+        found = np.stack([video.masks(i, [0, 1, 2]) for i in range(len(video))])
+    np.testing.assert_array_equal(found, masks)
+
+
 def test_array_masks(tmp_path, masks):
     write_masks(tmp_path / "masks.npz", masks)
     with np.load(tmp_path / "masks.npz") as saved:
@@ -165,7 +182,7 @@ def test_array_masks(tmp_path, masks):
             np.testing.assert_array_equal(saved[f"{i + 4:05d}"], frame)
 
 
-@pytest.mark.parametrize("name", ["masks", "masks.json", "masks.npz"])
+@pytest.mark.parametrize("name", ["masks", "masks.json", "masks_auto.json", "masks.npz"])
 def test_mask_writers_leave_nothing_behind(tmp_path, masks, name):
     with pytest.raises(RuntimeError), mask_writer(tmp_path / name) as out:
         out.write(0, "00000", [3, 1, 7], masks[0])
@@ -182,9 +199,13 @@ def test_mask_writers_refuse_what_they_cannot_hold(tmp_path, masks):
         mask_writer(tmp_path / "masks.zip")
     with pytest.raises(ValueError, match="1 to 255"), mask_writer(tmp_path / "masks") as out:
         out.write(0, "00000", [0, 1, 2], masks[0])
-    with pytest.raises(ValueError, match="changed"), mask_writer(tmp_path / "masks.npz") as out:
+    for name in ("masks.npz", "masks_auto.json"):
+        with pytest.raises(ValueError, match="changed"), mask_writer(tmp_path / name) as out:
+            out.write(0, "00000", [1, 2, 3], masks[0])
+            out.write(1, "00001", [1, 2, 4], masks[0])
+    with pytest.raises(ValueError, match="order"), mask_writer(tmp_path / "x_auto.json") as out:
+        out.write(1, "00001", [1, 2, 3], masks[0])
         out.write(0, "00000", [1, 2, 3], masks[0])
-        out.write(1, "00001", [1, 2, 4], masks[0])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")
     with pytest.raises(ValueError, match="exists already"):

@@ -67,7 +67,7 @@ def track(
         pathlib.Path | None,
         typer.Option(
             metavar="DIR|FILE.json|FILE.npz",
-            help="The masks: palette PNGs, COCO run lengths or arrays.",
+            help="The masks: palette PNGs, COCO run lengths (SA-V's: _manual.json) or arrays.",
         ),
     ] = None,
     dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,

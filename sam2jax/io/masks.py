@@ -1,4 +1,4 @@
-"""Masks out: palette PNGs, COCO run lengths or arrays, written frame by frame.
+"""Masks out: palette PNGs, COCO or SA-V JSON, or arrays, written frame by frame.
 
 The writers have one interface. They are context managers: leaving one normally makes its
 output appear, an exception leaves nothing behind. No writer holds more than one frame.
@@ -116,8 +116,7 @@ class RunLengthWriter:
         from pycocotools import mask as coco
 
         _check(object_ids, masks)
-        # pycocotools reads columns first, all objects at once along the last axis.
-        runs: Any = coco.encode(np.asfortranarray(np.moveaxis(masks, 0, -1).astype(np.uint8)))
+        runs = _run_lengths(masks)
         areas: Any = coco.area(runs)
         boxes: Any = coco.toBbox(runs)
         for object_id, run, area, box in zip(object_ids, runs, areas, boxes, strict=True):
@@ -125,12 +124,68 @@ class RunLengthWriter:
                 "image_id": index,
                 "file_name": name,
                 "category_id": object_id,
-                "segmentation": {"size": run["size"], "counts": run["counts"].decode("ascii")},
+                "segmentation": run,
                 "area": int(area),
                 "bbox": [int(side) for side in box],
             }
             self._file.write(self._separator + json.dumps(record))
             self._separator = ",\n"
+
+
+class MaskletWriter:
+    """A JSON file as SA-V has them: `masklet` lists the frames' objects, as COCO run lengths.
+
+    Every frame counts as annotated (SA-V: every fourth); those before the first that is written
+    are null. Objects are in the order of `masklet_id`.
+    """
+
+    def __init__(self, path: PathLike):
+        self._destination = pathlib.Path(path)
+
+    def __enter__(self) -> MaskletWriter:
+        with contextlib.ExitStack() as undo:
+            temporary = undo.enter_context(atomic_path(self._destination))
+            self._file = undo.enter_context(temporary.open("w", encoding="utf-8"))
+            self._file.write('{"masklet": [')
+            self._count, self._size = 0, (0, 0)
+            self._object_ids: list[int] = []
+            self._seen: dict[int, list[int]] = {}  # frames on which each object is in sight
+            undo.push(self._finish)
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._undo.__exit__(*failure)
+
+    def write(self, index: int, name: str, object_ids: Sequence[int], masks: np.ndarray) -> None:
+        """Writes a frame, in order of time; arguments as in `ArrayWriter.write`."""
+        _check(object_ids, masks)
+        if index < self._count:
+            raise ValueError(f"frames must come in order of time, got {index} after {self._count}.")
+        self._object_ids = _check_same(self._object_ids, object_ids)
+        self._size = masks.shape[1:]
+        for object_id, mask in zip(object_ids, masks, strict=True):
+            frames = self._seen.setdefault(object_id, [])
+            frames += [index] * bool(mask.any())
+        for row in [*[None] * (index - self._count), _run_lengths(masks)]:
+            self._file.write((",\n" if self._count else "\n") + json.dumps(row))
+            self._count += 1
+
+    def _finish(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None:
+            return
+        seen = [self._seen[object_id] for object_id in self._object_ids]
+        rest = {
+            "video_id": self._destination.stem.rpartition("_")[0],
+            "video_frame_count": self._count,
+            "video_height": self._size[0],
+            "video_width": self._size[1],
+            "masklet_num": len(self._object_ids),
+            "masklet_id": self._object_ids,
+            "masklet_first_appeared_frame": [frames[0] if frames else None for frames in seen],
+            "masklet_frame_count": [len(frames) for frames in seen],
+        }
+        self._file.write("\n],\n" + json.dumps(rest)[1:] + "\n")
 
 
 class ArrayWriter:
@@ -150,7 +205,7 @@ class ArrayWriter:
                 zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1)
             )
             self._frames: list[int] = []
-            self._object_ids: list[int] | None = None
+            self._object_ids: list[int] = []
             undo.push(self._finish)
             self._undo = undo.pop_all()
         return self
@@ -161,15 +216,13 @@ class ArrayWriter:
     def write(self, index: int, name: str, object_ids: Sequence[int], masks: np.ndarray) -> None:
         """Writes a frame; arguments as in `PaletteWriter.write`, any ids, the same every time."""
         _check(object_ids, masks)
-        if self._object_ids not in (None, list(object_ids)):
-            raise ValueError(f"object ids changed from {self._object_ids} to {list(object_ids)}.")
-        self._object_ids = list(object_ids)
+        self._object_ids = _check_same(self._object_ids, object_ids)
         self._frames.append(index)
         self._add(name, np.ascontiguousarray(masks))
 
     def _finish(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
-            self._add("object_ids", np.array(self._object_ids or [], np.int64))
+            self._add("object_ids", np.array(self._object_ids, np.int64))
             self._add("frames", np.array(self._frames, np.int64))
 
     def _add(self, name: str, values: np.ndarray) -> None:
@@ -177,8 +230,9 @@ class ArrayWriter:
             np.lib.format.write_array(member, values, allow_pickle=False)
 
 
-MaskWriter: TypeAlias = PaletteWriter | RunLengthWriter | ArrayWriter
+MaskWriter: TypeAlias = PaletteWriter | RunLengthWriter | MaskletWriter | ArrayWriter
 
+_SAV_NAMES = ("_manual.json", "_auto.json")
 _WRITERS: dict[str, type[MaskWriter]] = {
     "": PaletteWriter,
     ".json": RunLengthWriter,
@@ -187,13 +241,18 @@ _WRITERS: dict[str, type[MaskWriter]] = {
 
 
 def mask_writer(path: PathLike) -> MaskWriter:
-    """The writer that a path asks for: .json, .npz, or a folder where it has no suffix."""
+    """The writer that a path asks for: .json, .npz, or a folder where it has no suffix.
+
+    Files that are named as SA-V's, `VIDEO_manual.json` or `VIDEO_auto.json`, become such.
+    """
     path = pathlib.Path(path)
+    if path.name.endswith(_SAV_NAMES):
+        return MaskletWriter(path)
     suffix = "" if path.is_dir() else path.suffix.lower()
     if suffix not in _WRITERS:
         raise ValueError(
-            f"{path} must end in .json (COCO run lengths) or .npz (arrays), or be a folder "
-            "without suffix (palette PNGs)."
+            f"{path} must end in .json (COCO run lengths; SA-V's in _manual.json) or .npz "
+            "(arrays), or be a folder without suffix (palette PNGs)."
         )
     return _WRITERS[suffix](path)
 
@@ -207,6 +266,22 @@ def davis_palette() -> bytes:
             if 3 * (7 - bit) + channel < 8:
                 colors[:, channel] |= ((ids >> (3 * (7 - bit) + channel)) & 1) << bit
     return colors.tobytes()
+
+
+def _run_lengths(masks: np.ndarray) -> Any:
+    """Of masks bool [N, H, W]: compressed, as pycocotools reads them."""
+    from pycocotools import mask as coco
+
+    # pycocotools reads columns first, all objects at once along the last axis.
+    runs: Any = coco.encode(np.asfortranarray(np.moveaxis(masks, 0, -1).astype(np.uint8)))
+    return [{"size": run["size"], "counts": run["counts"].decode("ascii")} for run in runs]
+
+
+def _check_same(before: list[int], object_ids: Sequence[int]) -> list[int]:
+    """The ids of all frames' objects, of which there are always the same."""
+    if before and before != list(object_ids):
+        raise ValueError(f"object ids changed from {before} to {list(object_ids)}.")
+    return list(object_ids)
 
 
 def _check(object_ids: Sequence[int], masks: np.ndarray) -> None:
