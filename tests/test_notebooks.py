@@ -65,6 +65,7 @@ def other_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_it_runs(name: str, other_checkpoint: str, tmp_path, monkeypatch):
     """With the model that ships; where there is descent, in few steps with a smaller one."""
