@@ -1,12 +1,17 @@
 """How things show themselves: short reprs, quiet libraries."""
 
+import ast
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import sam2jax
 from sam2jax import Prompts, memory
+from sam2jax.cli.session import log_shown
 from sam2jax.testing import small_config
+from tests.conftest import ROOT
 
 MODEL = sam2jax.SAM2(small_config(image_size=64))
 STATE = sam2jax.init_state(MODEL, 2, 9, policy=memory.samurai())
@@ -45,6 +50,22 @@ def test_what_has_no_numbers_shows_itself_too():
     assert "frame_index=int32[]" in repr(given_away)
     assert repr(jax.tree.map(lambda _: None, STATE)).startswith("TrackState(")
     assert "bank=object" not in repr(jax.tree.map(np.shape, STATE))
+
+
+def test_the_command_line_shows_the_log_and_the_library_prints_nothing(capsys):
+    log = logging.getLogger("sam2jax.training.loop")
+    log.info("step %d", 1)
+    assert capsys.readouterr().out == ""
+    with log_shown():
+        log.info("step %d", 2)
+    assert capsys.readouterr().out == "step 2\n"
+    for path in (ROOT / "sam2jax").rglob("*.py"):
+        if "cli" not in path.parts:
+            calls = [
+                n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)
+            ]
+            names = {ast.unparse(call) for call in calls}
+            assert not names & {"print", "tqdm.write"}, path
 
 
 def test_sessions_show_themselves():

@@ -6,6 +6,7 @@ import contextlib
 import enum
 import inspect
 import json
+import logging
 import os
 import pathlib
 import signal
@@ -36,6 +37,22 @@ def errors_told() -> Iterator[None]:
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from error
+
+
+@contextlib.contextmanager
+def log_shown() -> Iterator[None]:
+    """Puts what the library logs on stdout, above a progress bar."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    log = logging.getLogger("sam2jax")
+    log.setLevel(logging.INFO)
+    handler = logging.StreamHandler(sys.stdout)
+    log.addHandler(handler)
+    try:
+        with logging_redirect_tqdm([log]):
+            yield
+    finally:
+        log.removeHandler(handler)
 
 
 def cache_folder() -> pathlib.Path:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sam2jax.cli.session import errors_told, keep_compiled_programs
+from sam2jax.cli.session import errors_told, keep_compiled_programs, log_shown
 
 
 def train(
@@ -62,5 +62,6 @@ def train(
         keep_compiled_programs()
         from sam2jax.training.loop import train as train_model
 
-        path = train_model(run, resume=resume, progress=not quiet)
+        with log_shown():
+            path = train_model(run, resume=resume, progress=not quiet)
         typer.echo(f"trained model: {path}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +29,8 @@ from sam2jax.training.step import TrainState, init_train_state, model_params, tr
 MODEL_FILE = "model.safetensors"
 CHECKPOINTS = "checkpoints"
 
+_log = logging.getLogger(__name__)
+
 
 def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> pathlib.Path:
     """Trains a model, on all devices of all processes.
@@ -36,7 +39,7 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
       config: of the run.
       resume: go on from the newest checkpoint in `config.output`; the parameters at the end are
         those of a run that was never stopped.
-      progress: show a bar.
+      progress: show a bar. Metrics are logged, at the level INFO.
 
     Returns:
       The file of the trained model, for `load`; `sam2jax convert` makes any other format of it.
@@ -184,7 +187,7 @@ def _place(batch: Clip, placed: jax.sharding.NamedSharding) -> Clip:
 
 @contextlib.contextmanager
 def _writer(config: TrainConfig) -> Iterator[Any]:
-    """A function that writes metrics: to the console, and to TensorBoard where asked for."""
+    """A function that writes metrics: to the log, and to TensorBoard where asked for."""
     board: Any = None
     if config.tensorboard and jax.process_index() == 0:
         from tensorboardX import SummaryWriter
@@ -194,7 +197,7 @@ def _writer(config: TrainConfig) -> Iterator[Any]:
     def write(step: int, values: dict[str, float]) -> None:
         if jax.process_index() == 0:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            tqdm.write(f"step {step}  {shown}")
+            _log.info("step %d  %s", step, shown)
         if board is not None:
             for name, value in values.items():
                 board.add_scalar(name, value, step)
