@@ -31,9 +31,9 @@ class Escaped(BaseException):
     """A case made its reader run something, connect to something, or write outside its folder."""
 
 
-def watch(folder: pathlib.Path) -> None:
-    """Raises `Escaped` from now on; lazily imported modules may write their caches."""
-    inside = tuple({str(folder), str(folder.resolve()), "/dev/null"})
+def watch(*folders: pathlib.Path) -> None:
+    """Raises `Escaped` from now on."""
+    inside = ("/dev/null", *(str(folder.resolve()) for folder in folders))
 
     def hook(event: str, given: tuple[Any, ...]) -> None:
         if event in _RUNS_SOMETHING or event in _REACHES_OUT:
@@ -47,7 +47,7 @@ def watch(folder: pathlib.Path) -> None:
         else:
             return
         for path in map(os.fsdecode, paths):
-            if not os.path.abspath(path).startswith(inside):
+            if not os.path.realpath(path).startswith(inside):
                 raise Escaped(f"{event} of {path}")
 
     sys.addaudithook(hook)
@@ -135,7 +135,7 @@ def fuzz(name: str, corpus: str, found: str, modules: str, *options: str) -> Non
     prepare(name, pathlib.Path(corpus))
     folder = pathlib.Path(tempfile.mkdtemp(prefix="sam2jax-fuzz-"))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    watch(folder)
+    watch(folder, pathlib.Path(found))
     arguments = [sys.argv[0], *options, corpus]
     atheris.Setup(arguments, target(name, pathlib.Path(found), folder))
     atheris.Fuzz()
