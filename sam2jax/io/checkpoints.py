@@ -65,10 +65,17 @@ def is_safetensors(path: PathLike) -> bool:
 def save_safetensors(
     path: PathLike, tensors: Mapping[str, np.ndarray], config: SAM2Config, **metadata: str
 ) -> None:
-    """Writes tensors of any layout and the configuration."""
+    """Writes tensors of any layout and the configuration.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
+    """
     whole = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     with atomic_path(path) as temporary:
-        safetensors.numpy.save_file(whole, temporary, {HEADER: header(config), **metadata})
+        try:
+            safetensors.numpy.save_file(whole, temporary, {HEADER: header(config), **metadata})
+        except safetensors.SafetensorError as error:  # of the disk, which it does not tell apart
+            raise OSError(f"{path} cannot be written: {error}.") from error
 
 
 def load_safetensors(path: PathLike) -> tuple[dict[str, np.ndarray], SAM2Config | None]:
