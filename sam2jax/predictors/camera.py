@@ -183,7 +183,7 @@ class SAM2CameraPredictor:
                 raise ValueError(
                     f"{path} is a session on a video: load it with SAM2VideoPredictor."
                 )
-            return self._new_state(LastFrame(arrays["image"], int(arrays["index"])))
+            return self._new_state(LastFrame(check_image(arrays["image"]), int(arrays["index"])))
 
         self._state = saving.load(path, self.config, open_state)
         self._run = None

@@ -94,7 +94,10 @@ def load(
             f"{path} is a session of another model: {', '.join(differing)} differ. Load it into a "
             f"predictor of {theirs.get('name')} with the same options."
         )
-    state = open_state(header, arrays)
+    try:
+        state = open_state(header, arrays)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise _damaged(path) from error
     size = [state.video_height, state.video_width]
     try:
         objects = _objects(header, arrays, config, on_device=not state.offload_state_to_cpu)
