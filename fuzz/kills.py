@@ -18,6 +18,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -122,6 +123,7 @@ def kill_often(name: str, times: int, folder: pathlib.Path, seed: int) -> tuple[
             tally.part + (0 < len(there) < len(wanted)),
             tally.left + len(left),
         )
+        print(name, *tally, f"{seconds:.1f}", file=sys.stderr, flush=True)
     return tally, seconds
 
 
