@@ -43,7 +43,7 @@ def test_demo(command, monkeypatch):
     score, told, hidden = re.search(
         r"J&F (\d\.\d+) over 3 objects, one click each; (\d+) of (\d+) hidden", result.output
     ).groups()
-    assert float(score) > 0.5 and int(hidden) >= 8 and int(told) >= 4
+    assert float(score) > 0.6 and int(hidden) >= 8 and int(told) > int(hidden) / 2
     assert re.search(r"\d+\.\d frames/s", result.output)
     frames = list(open_video("sam2jax_demo.mp4"))
     assert len(frames) == 32 and frames[0].shape == (512, 512, 3)
