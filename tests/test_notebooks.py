@@ -6,6 +6,7 @@ import pathlib
 import re
 from typing import Any
 
+import jax
 import pytest
 
 import sam2jax
@@ -66,7 +67,8 @@ def other_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def check_run(name: str, settings: dict[str, Any]) -> None:
-    shown = run(code_cells(NOTEBOOKS[name]), settings)
+    with jax.numpy_rank_promotion("allow"):  # as it is for users
+        shown = run(code_cells(NOTEBOOKS[name]), settings)
     pictures = [value for value in shown if isinstance(value, Picture)]
     assert pictures and all(picture._repr_jpeg_()[:2] == b"\xff\xd8" for picture in pictures)
     assert not any(isinstance(value, Clicks) and not value.points for value in shown)
