@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
+import pathlib
 import sys
 import types
 import warnings
@@ -29,10 +31,14 @@ from sam2jax.testing import draw
 def _define_torchvision_operators() -> torch.library.Library:
     """torchvision beside a torch of another build names operators that it then does not have."""
     library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
+    found = importlib.util.find_spec("torchvision")
+    for path in pathlib.Path(found.origin).parent.glob("_C*.so"):
+        with contextlib.suppress(OSError):
+            torch.ops.load_library(path)
+    if not hasattr(torch.ops.torchvision, "nms"):
+        for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.impl("nms", _nms, "CPU")
+        library.impl("nms", _nms, "CPU")
     return library
 
 
