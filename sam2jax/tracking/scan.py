@@ -140,6 +140,11 @@ def _track_videos(
     """`track` on several videos, padded to one length; everything has a leading [V]."""
     check_frame(model.config, frames, leading=2)
     count, longest = frames.shape[:2]
+    if isinstance(prompts, Mapping):
+        raise TypeError(
+            "Several videos take Prompts.stack of their first frames' prompts, or ClipPrompts with "
+            "a leading [V]."
+        )
     _check_videos(count, longest, prompts, states, lengths)
     _check_frames_at_once(longest, frames_at_once)
     if states is None:
@@ -147,9 +152,12 @@ def _track_videos(
         # In reverse the padding comes first, when nothing is known yet.
         first = longest - 1 if reverse else 0
         blank = init_state(model, one.num_objects, longest, room, first, policy)
-        states = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x))), blank)
+        fresh: TrackState = jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x))), blank
+        )
         if lengths is not None:
-            states = states.replace(num_frames=jnp.asarray(lengths, jnp.int32))
+            fresh = fresh.replace(num_frames=jnp.asarray(lengths, jnp.int32))
+        states = fresh
     ends, starts = None, states.frame_index
     if lengths is not None:
         ends = starts - (longest - 1 if reverse else 0) + jnp.asarray(lengths, jnp.int32)
@@ -174,11 +182,6 @@ def _track_videos(
 def _check_videos(
     count: int, longest: int, prompts: Any, states: TrackState | None, lengths: Array | None
 ) -> None:
-    if isinstance(prompts, Mapping):
-        raise TypeError(
-            "Several videos take Prompts.stack of their first frames' prompts, or ClipPrompts with "
-            "a leading [V]."
-        )
     for name, tree in (("prompts", prompts), ("state", states)):
         if any(jnp.shape(x)[:1] != (count,) for x in jax.tree.leaves(tree)):
             raise ValueError(
