@@ -8,8 +8,8 @@ import scipy.ndimage
 
 from sam2jax.ops import attention as attention_ops
 from sam2jax.ops.attention import attention
-from sam2jax.ops.flash import flash_attention
 from sam2jax.ops.conv import conv, depthwise_conv, upsample_conv
+from sam2jax.ops.flash import flash_attention
 from sam2jax.ops.masks import fill_holes, non_overlapping, stability_score
 from sam2jax.ops.resize import preprocess_image, resize_bilinear, resize_masks
 from sam2jax.ops.rope import rope_table, rotate, split_pairs

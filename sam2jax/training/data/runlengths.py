@@ -11,6 +11,7 @@ import numpy as np
 
 _REACH = 4  # how far polygons may be off, in sides of the frame
 
+
 def read_json(path: pathlib.Path) -> Any:
     """The contents of a JSON file.
 
