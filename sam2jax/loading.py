@@ -25,6 +25,7 @@ OPTIONS = (  # what can be chosen for a model that is already trained
     "multimask_min_pt_num",
     "multimask_max_pt_num",
     "objects_at_once",
+    "kernels",
 )
 
 

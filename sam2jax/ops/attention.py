@@ -18,6 +18,7 @@ from sam2jax.types import Array
 
 BLOCK = 1024  # keys at a time
 BLOCKWISE_FROM = 2**22  # weights per query set from which they are not written out
+KERNEL_FITS = ("9.0", "10.0")  # compute capabilities: Hopper, and Blackwell of data centres
 MASKED = -1e30  # finite, so that a fully masked block stays free of NaN
 
 
@@ -89,13 +90,19 @@ def _blockwise(query: Array, key: Array, value: Array, length: Array, kernel: bo
 
 def _blockwise_forward(query: Array, key: Array, value: Array, length: Array, kernel: bool):
     given = query, key, value, length
-    if kernel and key.dtype == value.dtype == jnp.bfloat16:
+    if kernel and key.dtype == value.dtype == jnp.bfloat16 and _gpus_hold_kernel():
         from sam2jax.ops.flash import flash_attention  # half a second: Pallas
 
         out, log_sum = lax.platform_dependent(*given, cuda=flash_attention, default=_online)
     else:
         out, log_sum = _online(*given)
     return out, (*given, out, log_sum)
+
+
+def _gpus_hold_kernel() -> bool:
+    """Others have less memory beside each processor. Without a GPU here, it is asked for others."""
+    gpus = [device for device in jax.local_devices() if device.platform == "gpu"]
+    return all(getattr(gpu, "compute_capability", "") in KERNEL_FITS for gpu in gpus)
 
 
 def _online(query: Array, key: Array, value: Array, length: Array) -> tuple[Array, Array]:

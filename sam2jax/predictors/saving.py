@@ -27,6 +27,7 @@ from sam2jax.types import FrameMemory, point_rows
 
 FORMAT = "sam2jax session 1"
 RECORDS = ("cond", "recent", "pending_cond", "pending_recent")
+HOW = ("objects_at_once", "kernels")  # how a model is computed, not which it is
 
 # What arrays and entries lead to that are not what they should be.
 DAMAGE = (ValueError, LookupError, AttributeError, TypeError, OverflowError)
@@ -87,8 +88,8 @@ def load(
     """
     header, arrays = _read(path)
     _check_header(path, header)
-    ours, theirs = config.to_dict(), header["config"]
-    differing = [name for name in ours if json.loads(json.dumps(ours[name])) != theirs.get(name)]
+    ours, theirs = json.loads(json.dumps(config.to_dict())), header["config"]
+    differing = [name for name in ours if name not in HOW and ours[name] != theirs.get(name)]
     if differing:
         raise ValueError(
             f"{path} is a session of another model: {', '.join(differing)} differ. Load it into a "
@@ -120,7 +121,7 @@ def _check_header(path: PathLike, header: dict[str, Any]) -> None:
         **{"offload_state_to_cpu": bool, "ids": list, "tracked": list},
     }
     fit = all(type(header.get(name)) is kind for name, kind in kinds.items())
-    video = header.get("video")
+    video: Any = header.get("video")
     if not fit or not isinstance(video.get("source"), str | None) or "size" not in video:
         raise _damaged(path)
 
