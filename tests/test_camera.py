@@ -224,7 +224,8 @@ def test_refused_files(predictor, params, camera, tmp_path):
     other = sam2jax.SAM2VideoPredictor(sam2jax.SAM2(small_config(image_size=96)), params)
     with pytest.raises(ValueError, match="image_size"):
         other.load_state(path, frames)
-    same = sam2jax.SAM2VideoPredictor(sam2jax.SAM2(small_config(objects_at_once=2)), params)
+    config = dataclasses.replace(predictor.model.config, objects_at_once=2)
+    same = sam2jax.SAM2VideoPredictor(sam2jax.SAM2(config), params)
     assert same.load_state(path, frames)["obj_ids"] == [1]
     with pytest.raises(FileNotFoundError):
         predictor.load_state(tmp_path / "nothing", frames)
