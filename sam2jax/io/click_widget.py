@@ -58,8 +58,8 @@ function render({ model, el }) {
       points = [...points, [x, y]];
       labels = [...labels, event.shiftKey ? 0 : 1];
     }
-    model.set("points", points);
     model.set("labels", labels);
+    model.set("points", points);  // draws at once, with the labels
     model.save_changes();
   }
 
