@@ -10,6 +10,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from sam2jax.io import drawing, writer
+from sam2jax.io.files import atomic_path
 from sam2jax.io.masks import davis_palette, mask_writer
 from sam2jax.io.video import open_video
 from sam2jax.io.writer import VideoWriter
@@ -32,6 +33,15 @@ def test_video_writer(tmp_path, name, height, width):
     for got, frame in zip(video, frames, strict=True):
         assert np.abs(got[:height, :width].astype(int) - frame).mean() < 3
     assert os.listdir(tmp_path) == [name]
+
+
+def test_files_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
+    path, synced = tmp_path / "a.txt", []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.fstat(file), path.exists())))
+    with atomic_path(path) as temporary:
+        temporary.write_text("whole")
+    ((status, was_there),) = synced
+    assert os.path.samestat(status, path.stat()) and status.st_size == 5 and not was_there
 
 
 def test_video_writer_without_x264(tmp_path, monkeypatch):

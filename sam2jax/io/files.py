@@ -31,6 +31,8 @@ def atomic_path(dest: PathLike) -> Iterator[pathlib.Path]:
     temporary = _temporary_name(dest)
     try:
         yield temporary
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())  # else a power loss may leave the name with nothing in it
         temporary.replace(dest)
     finally:
         temporary.unlink(missing_ok=True)
