@@ -68,5 +68,10 @@ def test_what_does_not_fit_is_refused(monkeypatch, logits):
         to_supervision(logits, [3, 1])
     with pytest.raises(ValueError, match=r"Scores must be \[3\]"):
         to_supervision(logits, [3, 1, 7], [0.5])
-    with pytest.raises(ValueError, match="from 1 on"):
-        to_napari(logits[None], [0, 1, 2])
+    with pytest.raises(ValueError, match=r"whole numbers, got the ids \[1, 'cup', 2\]"):
+        to_supervision(logits, [1, "cup", 2])
+    for ids in ([0, 1, 2], [1, "cup", 2]):
+        with pytest.raises(ValueError, match="from 1 on"):
+            to_napari(logits[None], ids)
+    with pytest.raises(ValueError, match="at least one frame"):
+        to_napari(logits[None][:0], [3, 1, 7])

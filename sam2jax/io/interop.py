@@ -20,15 +20,17 @@ def to_supervision(masks: Any, obj_ids: Sequence[int], scores: Any = None) -> An
 
     Args:
       masks: [N, H, W] or [N, 1, H, W] logits, or bool.
-      obj_ids: N numbers.
+      obj_ids: N whole numbers.
       scores: [N] from 0 to 1, for instance predicted IoUs: the confidence.
 
     Raises:
       ImportError: supervision is not installed.
-      ValueError: masks, ids and scores do not fit.
+      ValueError: masks, ids and scores do not fit, or an id is no whole number.
     """
     import supervision
 
+    if not _are_whole(obj_ids):
+        raise ValueError(f"Tracker ids are whole numbers, got the ids {list(obj_ids)}.")
     masks, scores, seen = _visible(masks, obj_ids, scores)
     if not len(seen):
         return supervision.Detections.empty()
@@ -82,10 +84,12 @@ def to_napari(
       What napari calls a layer data tuple: labels [T, H, W], the layer's arguments, its kind.
 
     Raises:
-      ValueError: masks and ids do not fit, or an id is below 1.
+      ValueError: masks and ids do not fit, an id is below 1, or there is no frame.
     """
     frames = [_as_bool(frame, obj_ids) for frame in masks]
-    if not all(isinstance(i, int | np.integer) and i >= 1 for i in obj_ids):
+    if not frames:
+        raise ValueError("Expected masks [T, N, H, W] of at least one frame, got none.")
+    if not _are_whole(obj_ids) or min(obj_ids, default=1) < 1:
         raise ValueError(f"Labels are numbers from 1 on, got the ids {list(obj_ids)}.")
     labels = np.zeros((len(frames), *frames[0].shape[1:]), np.int32)
     for time, frame in enumerate(frames):
@@ -94,6 +98,10 @@ def to_napari(
     colors: dict[int | None, Any] = {None: (0, 0, 0, 0)}
     colors |= {int(i): (*(np.array(color(int(i))) / 255).tolist(), 1.0) for i in obj_ids}
     return labels, {"name": name, "colormap": colors}, "labels"
+
+
+def _are_whole(obj_ids: Sequence[Any]) -> bool:
+    return all(isinstance(obj_id, int | np.integer) for obj_id in obj_ids)
 
 
 def _as_bool(masks: Any, obj_ids: Sequence[Any]) -> np.ndarray:
