@@ -239,6 +239,14 @@ def test_refused_files(predictor, params, camera, tmp_path):
     with pytest.raises(ValueError, match="damaged"):
         predictor.load_state(tmp_path / "foreign.npz", frames)
 
+    camera.load_first_frame(frames[0])
+    camera.save_state(tmp_path / "stream")
+    for name, value in (("image", np.zeros(3)), ("index", np.array(np.nan))):
+        with np.load(tmp_path / "stream") as stream:
+            np.savez(tmp_path / "stream.npz", **{**stream, name: value})
+        with pytest.raises(ValueError, match="stream.npz holds no frame of a stream"):
+            camera.load_state(tmp_path / "stream.npz")
+
     predictor.add_new_points_or_box(state, 0, frozenset(), [[25, 15]], [1])
     with pytest.raises(TypeError, match="frozenset"):
         predictor.save_state(state, path)

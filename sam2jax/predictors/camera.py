@@ -183,7 +183,11 @@ class SAM2CameraPredictor:
                 raise ValueError(
                     f"{path} is a session on a video: load it with SAM2VideoPredictor."
                 )
-            return self._new_state(LastFrame(check_image(arrays["image"]), int(arrays["index"])))
+            try:
+                last = LastFrame(check_image(arrays["image"]), int(arrays["index"]))
+            except (ValueError, OverflowError) as error:
+                raise ValueError(f"{path} holds no frame of a stream: {error}") from error
+            return self._new_state(last)
 
         self._state = saving.load(path, self.config, open_state)
         self._run = None
