@@ -193,7 +193,8 @@ def _value(name: str, default: Any, value: Any) -> Any:
     if isinstance(default, tuple):
         free = name == "global_att_blocks"  # all others have a fixed length
         if not isinstance(value, list | tuple) or not (free or len(value) == len(default)):
-            raise ValueError(f"{name} must be {len(default)} whole numbers.")
+            count = "a list of" if free else len(default)
+            raise ValueError(f"{name} must be {count} whole numbers.")
         if len(value) > 4 * _MOST_LAYERS:
             raise ValueError(f"{name} is longer than that of any model.")
         return tuple(_value(name, 0, item) for item in value)
