@@ -59,6 +59,7 @@ def test_the_command_line_shows_the_log_and_the_library_prints_nothing(capsys):
     with log_shown():
         log.info("step %d", 2)
     assert capsys.readouterr().out == "step 2\n"
+    assert not log.isEnabledFor(logging.INFO)
     for path in (ROOT / "sam2jax").rglob("*.py"):
         if "cli" not in path.parts:
             calls = [

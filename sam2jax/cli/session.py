@@ -45,6 +45,7 @@ def log_shown() -> Iterator[None]:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     log = logging.getLogger("sam2jax")
+    level = log.level
     log.setLevel(logging.INFO)
     handler = logging.StreamHandler(sys.stdout)
     log.addHandler(handler)
@@ -53,6 +54,7 @@ def log_shown() -> Iterator[None]:
             yield
     finally:
         log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def cache_folder() -> pathlib.Path:
