@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 import sam2jax
-from benchmarks.timing import RESULTS
+from benchmarks.timing import save_record
 from sam2jax.config import NANO
 from sam2jax.evaluation.metrics import score_clip
 from sam2jax.training.data.clip import Clip, middle
@@ -103,9 +102,7 @@ def main() -> None:
         print(f"{method:<20}" + "".join(f"{row.get(kind, np.nan):12.3f}" for kind in KINDS))
     for method, value in results["hidden frames, F1"].items():
         print(f"hidden frames, F1 ({method}): {value:.3f}")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"heldout-{model.config.name}.json"
-    path.write_text(json.dumps({"clips": given.clips, **results}, indent=2) + "\n")
+    save_record(f"heldout-{model.config.name}", {"clips": given.clips, **results})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import json
 import time
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 import sam2jax
-from benchmarks.timing import RESULTS
+from benchmarks.timing import save_record
 from sam2jax.config import NANO
 from sam2jax.evaluation.metrics import score_clip
 from sam2jax.memory import POLICIES
@@ -86,8 +85,6 @@ def main() -> None:
     model, params = sam2jax.load(given.checkpoint)
     results = evaluate(model, params, given.clips)
     print(table(results))
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"policies-{model.config.name}.json"
     settings = {
         "clips": given.clips,
         "frames": NUM_FRAMES,
@@ -95,7 +92,7 @@ def main() -> None:
         "kinds": SCENE.kinds,
         "device": jax.devices()[0].device_kind,
     }
-    path.write_text(json.dumps({**settings, "policies": results}, indent=2) + "\n")
+    save_record(f"policies-{model.config.name}", {**settings, "policies": results})
 
 
 if __name__ == "__main__":

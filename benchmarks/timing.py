@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sam2jax.io.files import atomic_path
 from sam2jax.ops.linear import precision
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -126,9 +127,15 @@ def machine() -> dict[str, Any]:
 
 
 def save(name: str, settings: dict[str, Any], rows: Iterable[Row]) -> pathlib.Path:
-    """Writes results/NAME.json."""
+    """Writes results/NAME.json: rows, and what they hold for."""
+    record = {**machine(), "settings": settings, "rows": [dataclasses.asdict(row) for row in rows]}
+    return save_record(name, record)
+
+
+def save_record(name: str, record: dict[str, Any]) -> pathlib.Path:
+    """Writes results/NAME.json, whole or not at all."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    record = {**machine(), "settings": settings, "rows": [dataclasses.asdict(row) for row in rows]}
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
     return path
