@@ -22,6 +22,7 @@ from sam2jax.cli.prompts import check_against_video, read_prompts, to_prompts
 from sam2jax.cli.session import cache_folder
 from sam2jax.config import HieraConfig, MemoryAttentionConfig
 from sam2jax.convert import layouts
+from sam2jax.io.masks import mask_writer
 from sam2jax.io.video import open_video
 from sam2jax.loading import load
 from sam2jax.memory import SAM2
@@ -199,8 +200,8 @@ def fake_tracker(monkeypatch):
         calls.append(("init", num_objects, num_frames, max_cond_frames, frame_index))
         return frame_index
 
-    def condition(model, params, state, frame, prompts, frame_index, *, policy):
-        calls.append(("condition", number(np.asarray(frame)), frame_index, prompts is not None))
+    def condition(model, params, state, frame, prompts, frame_index, *, reverse, policy):
+        calls.append(("condition", number(np.asarray(frame)), frame_index, reverse))
         return state
 
     def step(model, params, state, frame, prompts, *, reverse, policy):
@@ -234,8 +235,12 @@ def test_results_come_in_order_of_time(tmp_path, fake_tracker, reverse, original
         if result.masks is not None:
             assert result.masks.dtype == np.bool_ and result.masks.shape == (2, 16, 16)
             assert result.masks[0, :, 0].sum() == result.index + 1
+    with mask_writer(tmp_path / "clip_manual.json") as out:  # takes them in order of time only
+        for result in results:
+            if result.masks is not None:
+                out.write(result.index, str(result.index), [1, 2], result.masks)
     first, other = (8, 3) if reverse else (3, 8)
-    assert fake_tracker[:2] == [("init", 2, 12, 2, first), ("condition", other, other, True)]
+    assert fake_tracker[:2] == [("init", 2, 12, 2, first), ("condition", other, other, reverse)]
     order = reversed(tracked) if reverse else tracked
     assert fake_tracker[2:] == [("step", i, i, i in (3, 8)) for i in order]
 
