@@ -100,7 +100,8 @@ def export_programs(
                 "results": _describe(results),
             }
         if not embed:
-            np.savez(folder / WEIGHTS, **{name: np.asarray(x) for name, x in weights.items()})
+            arrays: Any = {name: np.asarray(x) for name, x in weights.items()}
+            np.savez(folder / WEIGHTS, **arrays)
         record = {
             "format": FORMAT,
             "format_version": VERSION,

@@ -114,8 +114,8 @@ def make_loader(
 
     Raises:
       FileNotFoundError: a source's folder or list does not exist.
-      ValueError: a source is empty, sizes are not positive, or the epochs fill no batch. While
-        iterating: more than `config.max_damaged` examples are damaged.
+      ValueError: a source is empty, sizes are not positive, or the epochs fill no batch.
+      RuntimeError: while iterating, more than `config.max_damaged` examples are damaged.
     """
     import grain
 
