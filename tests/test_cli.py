@@ -200,8 +200,8 @@ def fake_tracker(monkeypatch):
         calls.append(("init", num_objects, num_frames, max_cond_frames, frame_index))
         return frame_index
 
-    def condition(model, params, state, frame, prompts, frame_index, *, policy):
-        calls.append(("condition", number(np.asarray(frame)), frame_index, prompts is not None))
+    def condition(model, params, state, frame, prompts, frame_index, *, reverse, policy):
+        calls.append(("condition", number(np.asarray(frame)), frame_index, reverse))
         return state
 
     def step(model, params, state, frame, prompts, *, reverse, policy):
@@ -240,7 +240,7 @@ def test_results_come_in_order_of_time(tmp_path, fake_tracker, reverse, original
             if result.masks is not None:
                 out.write(result.index, str(result.index), [1, 2], result.masks)
     first, other = (8, 3) if reverse else (3, 8)
-    assert fake_tracker[:2] == [("init", 2, 12, 2, first), ("condition", other, other, True)]
+    assert fake_tracker[:2] == [("init", 2, 12, 2, first), ("condition", other, other, reverse)]
     order = reversed(tracked) if reverse else tracked
     assert fake_tracker[2:] == [("step", i, i, i in (3, 8)) for i in order]
 

@@ -14,6 +14,7 @@ from sam2jax.memory import POLICIES
 from sam2jax.testing import random_params
 from sam2jax.tracking import scan
 from sam2jax.tracking.step import encode_frame, process_frame
+from sam2jax.types import EMPTY
 from tests.test_tracking import CONFIG, MODEL, TWO, assert_same, clip, stack
 
 LENGTH = 9
@@ -84,6 +85,33 @@ def test_objects_do_not_know_of_each_other(params, name):
     alone = Prompts.make(points=[[(30, 18)]], width=2)
     _, one = sam2jax.track(MODEL, params, frames, alone, policy=policy)
     np.testing.assert_allclose(one.masks[:, 0], both.masks[:, 0], atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["samurai", "dam4sam"])
+def test_reverse_mirrors_forward(params, name):
+    """Also before the first prompted frame, when several are known ahead."""
+    policy, frames = OTHERS[name], clip(6)  # DAM4SAM's grid of every fifth frame has its mirror
+    others = {2: TWO, 4: Prompts.make(points=[[(34, 22)], [(20, 15)]], width=2)}
+    mirrored = {5 - index: prompts for index, prompts in others.items()}
+    _, forward = sam2jax.track(MODEL, params, frames, others, policy=policy)
+    _, found = sam2jax.track(MODEL, params, frames[::-1], mirrored, reverse=True, policy=policy)
+    np.testing.assert_allclose(found.masks[::-1], forward.masks, atol=1e-4)
+    seen = np.asarray(forward.memory_frames)
+    expected = np.where(seen == EMPTY, EMPTY, 5 - seen)
+    np.testing.assert_array_equal(np.sort(found.memory_frames[::-1]), np.sort(expected))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_is_known_ahead_begins_with_the_first_in_time(params, reverse):
+    policy, frame = OTHERS["samurai"], clip(6)[2]
+    state = sam2jax.init_state(MODEL, 2, 6, 2, 5 if reverse else 0, policy=policy)
+    for index in (2, 4, 3):
+        state = sam2jax.condition(
+            MODEL, params, state, frame, TWO, index, reverse=reverse, policy=policy
+        )
+    first = 4 if reverse else 2
+    assert state.carried.accepted.start.tolist() == [first, first]
 
 
 @pytest.mark.slow

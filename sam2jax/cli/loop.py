@@ -140,8 +140,10 @@ def _track(job: Job, original: bool) -> Iterator[tuple[Frame, np.ndarray]]:
         policy=policy,
     )
     for index in order[1:]:
-        ahead = jnp.asarray(_prompted(video, index))
-        state = sam2jax.condition(model, params, state, ahead, prompts[index], index, policy=policy)
+        ahead = jnp.asarray(prompted_frame(video, index))
+        state = sam2jax.condition(
+            *(model, params, state, ahead, prompts[index], index), reverse=reverse, policy=policy
+        )
     answer = _answer(video)
     # Results are read one frame late, so that the next one is decoded while they are computed.
     waiting: tuple[Frame, Any] | None = None
@@ -176,7 +178,8 @@ def _answer(video: Video | Stream) -> Callable[[Any], Any]:
     return jax.jit(lambda logits: sam2jax.resize_masks(logits, (video.height, video.width)) > 0)
 
 
-def _prompted(video: Video, index: int) -> np.ndarray:
+def prompted_frame(video: Video, index: int) -> np.ndarray:
+    """What the model sees of a frame with a prompt; ValueError where the video ends before it."""
     try:
         return video[index]
     except IndexError as error:

@@ -357,6 +357,7 @@ def _encode_all_ahead(
     earliest = state.frame_index - (frames.shape[0] - 1 if reverse else 0)
     end = earliest + frames.shape[0] if end is None else end
     first = end - 1 if reverse else state.frame_index
+    direction = time_direction(reverse)
 
     def body(state: TrackState, item):
         frame_index, now = item
@@ -367,7 +368,9 @@ def _encode_all_ahead(
             frame = frames[frame_index - earliest]
             features = encode_frame(model, params, frame)
             scaled = scale_prompts(model.config, now, frame)
-            return process_ahead(model, params, state, features, scaled, frame_index, policy)[0]
+            return process_ahead(
+                model, params, state, features, scaled, frame_index, direction, policy
+            )[0]
 
         return jax.lax.cond(due, encode, lambda state: state, state), None
 

@@ -92,6 +92,7 @@ def condition(
     prompts: Prompts,
     frame_index: int | Array,
     *,
+    reverse: bool = False,
     policy: MemoryPolicy = SAM2_POLICY,
 ) -> TrackState:
     """Remembers a prompted frame out of turn, typically one that lies ahead.
@@ -104,7 +105,7 @@ def condition(
       model, params, state, frame: as in `step`.
       prompts: of kind CONDITIONING; objects without are left as they are.
       frame_index: of `frame`.
-      policy: as in `step`.
+      reverse, policy: as in `step`.
 
     Returns:
       The state with the frame in its banks; the frame to be processed next is the same.
@@ -113,7 +114,8 @@ def condition(
     check_frame(model.config, frame)
     check_prompts(model.config, prompts, state.num_objects)
     index = jnp.asarray(frame_index, jnp.int32)
-    return _condition(model, params, policy, state, frame, prompts, index)
+    direction = time_direction(reverse)
+    return _condition(model, params, policy, state, frame, prompts, index, direction)
 
 
 @partial(jax.jit, static_argnames=("model", "reverse", "explain"))
@@ -129,10 +131,10 @@ def _step(model, params, policy, state, frame, prompts, *, reverse, explain):
 
 
 @partial(jax.jit, static_argnames="model")
-def _condition(model, params, policy, state, frame, prompts, frame_index):
+def _condition(model, params, policy, state, frame, prompts, frame_index, direction):
     features = encode_frame(model, params, frame)
     prompts = scale_prompts(model.config, prompts, frame)
-    return process_ahead(model, params, state, features, prompts, frame_index, policy)[0]
+    return process_ahead(model, params, state, features, prompts, frame_index, direction, policy)[0]
 
 
 def time_direction(reverse: bool) -> Array:
@@ -204,6 +206,7 @@ def process_ahead(
     features: ImageFeatures,
     prompts: Prompts,
     frame_index: Array,
+    direction: Array,
     policy: MemoryPolicy = SAM2_POLICY,
 ) -> tuple[TrackState, FrameResult]:
     """`condition` on an encoded frame; also returns what came of it."""
@@ -214,9 +217,8 @@ def process_ahead(
     forgetful = at_frame.replace(
         bank=at_frame.bank.replace(cond_frame=jnp.full_like(at_frame.bank.cond_frame, -1))
     )
-    forward = jnp.int32(1)
-    result, _ = _answer_frame(model, params, policy, forgetful, features, prompts, forward)
-    now = _now(model.config, forgetful, prompts, forward)
+    result, _ = _answer_frame(model, params, policy, forgetful, features, prompts, direction)
+    now = _now(model.config, forgetful, prompts, direction)
     kept = _remember(model.config, policy, at_frame, result, now)
     return state.replace(bank=kept.bank, carried=kept.carried), result
 
