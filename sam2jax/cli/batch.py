@@ -7,13 +7,14 @@ meanwhile, so that what is held does not depend on how long the videos are.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import itertools
 import math
 import pathlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sam2jax.cli.loop import prompted_frame
 from sam2jax.cli.plan import Shape, Task, make_batches, read_table, shape_of
 from sam2jax.cli.prompts import PromptTable, check_against_video, read_masks, to_prompts
 from sam2jax.io.files import remove_leftovers
@@ -73,8 +75,10 @@ def result_path(out: pathlib.Path, name: str, masks: str) -> pathlib.Path:
     return out / f"{name}{WRITERS[masks][0]}"
 
 
-def track_all(job: Job, tasks: Sequence[Task]) -> Iterator[Outcome]:
+def track_all(job: Job, tasks: Sequence[Task]) -> Generator[Outcome]:
     """Tracks videos on all devices of this process; one that cannot be is told, the rest goes on.
+
+    Closed early, it closes all videos, and removes what is written by half.
 
     Args:
         job: how and where to; its folder exists.
@@ -82,29 +86,48 @@ def track_all(job: Job, tasks: Sequence[Task]) -> Iterator[Outcome]:
     """
     tracker = Tracker(job)
     size = tracker.num_videos
-    with _threads(_PROBES) as probes, _threads(3 * size) as pool:
-        futures = ((task, probes.submit(_measure, task, job.common)) for task in tasks)
-        futures = _ahead(futures, size * WINDOW)
-        while window := list(itertools.islice(futures, size * WINDOW)):
+    with _given_up() as begun, _threads(_PROBES) as probes, _threads(3 * size) as pool:
+
+        def begin(batch: Sequence[Task]) -> list[Future[_Slot]]:
+            slots = [pool.submit(_Slot, job, task) for task in batch]
+            begun.update(slots)
+            return slots
+
+        measured = ((task, probes.submit(_measure, task, job.common)) for task in tasks)
+        measured = _ahead(measured, size * WINDOW)
+        while window := list(itertools.islice(measured, size * WINDOW)):
             known = []
             for task, future in window:
                 try:
                     known.append((task, *future.result()))
                 except Exception as error:
                     yield Outcome(task.name, _tell(error))
-            batches = (
-                (shape, [(task, pool.submit(_Slot, job, task)) for task in batch])
-                for shape, batch in make_batches(known, size)
-            )
-            for shape, batch in _ahead(batches, 1):
+            batches = ((shape, batch, begin(batch)) for shape, batch in make_batches(known, size))
+            for shape, batch, futures in _ahead(batches, 1):
                 slots = []
-                for task, future in batch:
+                for task, future in zip(batch, futures, strict=True):
                     try:
                         slots.append(future.result())
                     except Exception as error:
                         yield Outcome(task.name, _tell(error))
                 if slots:
                     yield from _run(tracker, shape, slots, pool)
+                begun.difference_update(futures)
+
+
+@contextlib.contextmanager
+def _given_up() -> Iterator[set[Future[_Slot]]]:
+    """A set for videos that are begun with; in the end, those that it still holds are given up.
+
+    To be entered before the threads are, so that none is at one of them any more.
+    """
+    begun: set[Future[_Slot]] = set()
+    try:
+        yield begun
+    finally:
+        for future in begun:
+            if not future.cancelled() and future.exception() is None:
+                future.result().close(RuntimeError("stopped."))
 
 
 @contextlib.contextmanager
@@ -145,6 +168,7 @@ class _Slot:
         self._writer = WRITERS[job.masks][1](self._path)
         self._writing = False
         self._chunk = job.chunk
+        self._ahead: Future[list[Frame]] | None = None
         size = job.model.config.image_size
         table = read_table(task, job.common)
         self.object_ids = table.object_ids
@@ -155,9 +179,14 @@ class _Slot:
             self.prompts = to_prompts(table, masks, scale)
             self.first = min(self.prompts)
             later = sorted(set(self.prompts) - {self.first})
-            self.prompted_later = [(index, self.video[index]) for index in later]
+            self.prompted_later = [(i, prompted_frame(self.video, i)) for i in later]
             self._frames = self.video.frames(self.first)
             self.begun = self._take()
+            if not self.begun:
+                name = self.video.name  # its header counts frames that it does not hold
+                raise ValueError(
+                    f"there is a prompt on frame {self.first}, but {name} ends before it."
+                )
         except BaseException:
             self.video.close()
             raise
@@ -165,10 +194,19 @@ class _Slot:
     def _take(self) -> list[Frame]:
         return list(itertools.islice(self._frames, self._chunk))
 
-    def decode(self, pool: ThreadPoolExecutor, last: list[Frame]) -> Future[list[Frame]] | None:
-        """Begins with the chunk behind `last`; None where there is none."""
+    def decode(self, pool: ThreadPoolExecutor, last: list[Frame]) -> None:
+        """Begins with the chunk behind `last`, if there is one."""
         more = len(last) == self._chunk and self.video.reaches(last[-1].index + 1)
-        return pool.submit(self._take) if more and self.problem is None else None
+        self._ahead = pool.submit(self._take) if more and self.problem is None else None
+
+    def decoded(self) -> list[Frame]:
+        """The chunk that was begun with; empty where there is none, or the video is given up."""
+        try:
+            frames = [] if self._ahead is None else self._ahead.result()
+            return frames if self.problem is None else []
+        except Exception as error:
+            self.fail(error)
+            return []
 
     def write(self, frames: list[Frame], masks: np.ndarray) -> None:
         """Appends masks, bool [T, N or more, H, W] of T or fewer frames; tells no error."""
@@ -200,6 +238,8 @@ class _Slot:
                 self._writer.__exit__(failure and type(failure), failure, None)
             except Exception as broken:
                 self.fail(broken)
+        if self._ahead is not None and not self._ahead.cancel():
+            concurrent.futures.wait([self._ahead])  # FFmpeg does not survive a file closed under it
         self.video.close()
         return Outcome(self.name, self.problem)
 
@@ -215,10 +255,6 @@ def _run(
     except Exception as error:  # of the devices: all videos are lost
         for slot in slots:
             slot.fail(error)
-    except BaseException as error:
-        for slot in slots:
-            slot.close(error)
-        raise
     yield from [slot.close() for slot in slots]
 
 
@@ -228,25 +264,20 @@ def _track(
     """Masks [V, T, N, H, W] and frames of each chunk, while the next one is computed."""
     states, prompts = tracker.start(shape, slots)
     chunks = [slot.begun for slot in slots]
+    for slot in slots:
+        slot.begun, slot.prompted_later = [], []
     waiting = None
     while any(chunks):
-        upcoming = [slot.decode(pool, frames) for slot, frames in zip(slots, chunks, strict=True)]
+        for slot, frames in zip(slots, chunks, strict=True):
+            slot.decode(pool, frames)
         states, logits = tracker.advance(states, chunks, prompts)
         masks = _masks_at_size(logits, (shape.height, shape.width))
         if waiting is not None:
             yield waiting
         waiting = masks, chunks
-        chunks = [_result(slot, ahead) for slot, ahead in zip(slots, upcoming, strict=True)]
+        chunks = [slot.decoded() for slot in slots]
     if waiting is not None:
         yield waiting
-
-
-def _result(slot: _Slot, ahead: Future[list[Frame]] | None) -> list[Frame]:
-    try:
-        return [] if ahead is None or slot.problem is not None else ahead.result()
-    except Exception as error:
-        slot.fail(error)
-        return []
 
 
 def _tell(error: BaseException) -> str:

@@ -76,7 +76,7 @@ def _parse(line: str, source: pathlib.Path, number: int) -> Task:
     try:
         given = json.loads(line) if line.startswith("{") else {"video": line}
         return _task(given, source.parent)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}, line {number}: {error}") from error
 
 
@@ -86,7 +86,8 @@ def _task(given: Mapping[str, Any], folder: pathlib.Path) -> Task:
         raise ValueError('expected a path, or {"video": PATH} with maybe "prompts" and "name".')
     video = folder / given["video"]
     name = given.get("name", _stem(video))
-    if not isinstance(name, str) or pathlib.PurePath(name).name != name or name.startswith("."):
+    whole = isinstance(name, str) and name and pathlib.PurePath(name).name == name
+    if not whole or name.startswith("."):
         raise ValueError(f"the name {name!r} must be that of a file, without a folder.")
     prompts = given.get("prompts")
     if isinstance(prompts, str):

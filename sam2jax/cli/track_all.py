@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import pathlib
@@ -109,7 +110,8 @@ def track_all(
 
         index, count = find_process(os.environ, process_id, num_processes)
         tasks = read_list(videos)
-        _refuse_folder_of_videos(out, {task.video.parent for task in tasks})
+        _refuse_folder_of_videos(out, videos, {task.video.parent for task in tasks})
+        rules = read_policy(policy)
         given = point or box or prompts
         common = read_prompts(point or (), box or (), (), prompts) if given else None
         out.mkdir(parents=True, exist_ok=True)
@@ -132,13 +134,10 @@ def track_all(
         from sam2jax.cli.batch import Job
         from sam2jax.cli.batch import track_all as run
 
-        job = Job(
-            *(model, params, read_policy(policy), out, masks.value, common, videos_per_device)
-        )
-        failed = []
-        for outcome in tqdm(run(job, todo), total=len(todo), unit=" videos", disable=quiet):
-            if outcome.problem is not None:
-                failed.append(outcome)
+        job = Job(model, params, rules, out, masks.value, common, videos_per_device)
+        with contextlib.closing(run(job, todo)) as outcomes:
+            bar = tqdm(outcomes, total=len(todo), unit=" videos", disable=quiet)
+            failed = [outcome for outcome in bar if outcome.problem is not None]
     for outcome in failed:
         typer.echo(f"error: {outcome.name}: {outcome.problem}", err=True)
     if failed:
@@ -146,7 +145,12 @@ def track_all(
         raise typer.Exit(SOME_FAILED)
 
 
-def _refuse_folder_of_videos(out: pathlib.Path, folders: set[pathlib.Path]) -> None:
-    """A result beside a video would be taken for its prompts, or replace its frames."""
+def _refuse_folder_of_videos(
+    out: pathlib.Path, videos: pathlib.Path, folders: set[pathlib.Path]
+) -> None:
+    """A result beside a video would be taken for its prompts, or replace its frames; a folder
+    beside videos would be taken for one of them."""
     if any(folder.resolve() == out.resolve() for folder in folders):
         raise ValueError(f"{out} holds videos of the list; choose another folder for --out.")
+    if videos.is_dir() and out.resolve().is_relative_to(videos.resolve()):
+        raise ValueError(f"{out} is inside of {videos}; choose another folder for --out.")
