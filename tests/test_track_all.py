@@ -272,11 +272,12 @@ def test_a_video_that_breaks_midway_leaves_the_others_alone(
             raise self._damaged()
         return decode(self)
 
-    monkeypatch.setattr(container.ContainerVideo, "_decode", failing)
     paths = tmp_path / "list"
     paths.write_text("\n".join(str(videos / f"{name}.mp4") for name in "bd"))
     options = "--checkpoint", checkpoint, "--point", "32,24", "--out", "out", "-q"
-    done = run("track-all", paths, *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(container.ContainerVideo, "_decode", failing)
+        done = run("track-all", paths, *options)
     assert done.exit_code == 1 and f"b: {videos / 'b.mp4'} is damaged" in done.output
     assert count and os.listdir("out") == ["d.json"]
     with monkeypatch.context() as patch:
