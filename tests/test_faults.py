@@ -101,13 +101,13 @@ def test_folder_that_cannot_be_written_to(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["convert", "track"])
-def test_killed_commands_come_back(command):
+def test_a_killed_conversion_comes_back():
+    """Tracking is killed in test_track_all.py, training in test_training_runs.py."""
     done = subprocess.run(
-        [sys.executable, "-m", "fuzz.kills", command, "--times", "3"],
+        [sys.executable, "-m", "fuzz.kills", "convert", "--times", "3"],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.startswith(f"| {command} |")
+    assert done.stdout.startswith("| convert |")

@@ -1,5 +1,6 @@
 """Many videos: shared out, batched and resumed, with the masks of each alone."""
 
+import gc
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -366,3 +368,41 @@ def test_a_killed_run_loses_nothing_and_does_nothing_twice(checkpoint, tmp_path)
         assert (path.stat().st_ino, path.stat().st_mtime_ns) == stamp
     same = [[row["segmentation"] for row in rows] for rows in results(out).values()]
     assert all(rows == same[0] for rows in same)
+
+
+# Long --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["track", "track-all"])
+def test_memory_does_not_grow_with_the_video(run, checkpoint, tmp_path, monkeypatch, command):
+    """Masks or frames that were kept would be 50 MiB and more between the two looks."""
+    height, width, looks = 144, 192, (1000, 3000)
+    (tmp_path / "films").mkdir()
+    path = film(tmp_path / "films/long.mp4", looks[1], height, width)
+    write, seen = RunLengthWriter.write, {}
+
+    def watched(self, index, *rest):
+        write(self, index, *rest)
+        if index + 1 in looks:
+            gc.collect()
+            seen[index + 1] = resident(), sum(array.nbytes for array in jax.live_arrays())
+
+    monkeypatch.setattr(RunLengthWriter, "write", watched)
+    given = "--checkpoint", checkpoint, "--point", "60,70", "-q"
+    if command == "track":
+        result = run("track", path, "--masks", "long.json", *given)
+    else:
+        result = run("track-all", path.parent, "--out", ".", *given)
+    assert result.exit_code == 0, result.output
+    assert len(read(pathlib.Path("long.json"))) == looks[1]
+    (host, device), (host_later, device_later) = (seen[look] for look in looks)
+    assert (looks[1] - looks[0]) * height * width > 50 * 2**20
+    assert host_later - host < 16 * 2**20
+    assert device_later < device + 2**20
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
