@@ -88,28 +88,37 @@ class ObjectWriter(_FolderWriter):
             self._save(folder / f"{name}.png", mask.astype(np.uint8))
 
 
-class RunLengthWriter:
+class _FileWriter:
+    """One file, opened by `_open` under a temporary name."""
+
+    def __init__(self, path: PathLike):
+        self._destination = pathlib.Path(path)
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as undo:
+            self._open(undo.enter_context(atomic_path(self._destination)), undo)
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._undo.__exit__(*failure)
+
+    def _open(self, temporary: pathlib.Path, undo: contextlib.ExitStack) -> None:
+        raise NotImplementedError
+
+
+class RunLengthWriter(_FileWriter):
     """A JSON list with a COCO annotation for every object and frame, absent objects included.
 
     Each has `image_id` (the frame's number), `file_name` (its name), `category_id` (the object),
     `segmentation` (compressed run lengths, as pycocotools reads them), `area` and `bbox`.
     """
 
-    def __init__(self, path: PathLike):
-        self._destination = path
-
-    def __enter__(self) -> RunLengthWriter:
-        with contextlib.ExitStack() as undo:
-            temporary = undo.enter_context(atomic_path(self._destination))
-            self._file = undo.enter_context(temporary.open("w", encoding="utf-8"))
-            undo.callback(self._file.write, "\n]\n")
-            self._file.write("[")
-            self._separator = "\n"
-            self._undo = undo.pop_all()
-        return self
-
-    def __exit__(self, *failure: Any) -> None:
-        self._undo.__exit__(*failure)
+    def _open(self, temporary: pathlib.Path, undo: contextlib.ExitStack) -> None:
+        self._file = undo.enter_context(temporary.open("w", encoding="utf-8"))
+        undo.callback(self._file.write, "\n]\n")
+        self._file.write("[")
+        self._separator = "\n"
 
     def write(self, index: int, name: str, object_ids: Sequence[int], masks: np.ndarray) -> None:
         """Writes a frame; arguments as in `PaletteWriter.write`, any ids."""
@@ -132,30 +141,20 @@ class RunLengthWriter:
             self._separator = ",\n"
 
 
-class MaskletWriter:
+class MaskletWriter(_FileWriter):
     """A JSON file as SA-V has them: `masklet` lists the frames' objects, as COCO run lengths.
 
     Every frame counts as annotated (SA-V: every fourth); those before the first that is written
     are null. Objects are in the order of `masklet_id`.
     """
 
-    def __init__(self, path: PathLike):
-        self._destination = pathlib.Path(path)
-
-    def __enter__(self) -> MaskletWriter:
-        with contextlib.ExitStack() as undo:
-            temporary = undo.enter_context(atomic_path(self._destination))
-            self._file = undo.enter_context(temporary.open("w", encoding="utf-8"))
-            self._file.write('{"masklet": [')
-            self._count, self._size = 0, (0, 0)
-            self._object_ids: list[int] = []
-            self._seen: dict[int, list[int]] = {}  # frames on which each object is in sight
-            undo.push(self._finish)
-            self._undo = undo.pop_all()
-        return self
-
-    def __exit__(self, *failure: Any) -> None:
-        self._undo.__exit__(*failure)
+    def _open(self, temporary: pathlib.Path, undo: contextlib.ExitStack) -> None:
+        self._file = undo.enter_context(temporary.open("w", encoding="utf-8"))
+        self._file.write('{"masklet": [')
+        self._count, self._size = 0, (0, 0)
+        self._object_ids: list[int] = []
+        self._seen: dict[int, list[int]] = {}  # frames on which each object is in sight
+        undo.push(self._finish)
 
     def write(self, index: int, name: str, object_ids: Sequence[int], masks: np.ndarray) -> None:
         """Writes a frame, in order of time; arguments as in `ArrayWriter.write`."""
@@ -188,30 +187,20 @@ class MaskletWriter:
         self._file.write("\n],\n" + json.dumps(rest)[1:] + "\n")
 
 
-class ArrayWriter:
+class ArrayWriter(_FileWriter):
     """An .npz: a bool array [N, H, W] for each frame, under the frame's name, packed on disk.
 
     `object_ids` says which objects the N are, and `frames` which numbers the frames have, in the
     order they were written. `np.load` reads one frame at a time.
     """
 
-    def __init__(self, path: PathLike):
-        self._destination = path
-
-    def __enter__(self) -> ArrayWriter:
-        with contextlib.ExitStack() as undo:
-            temporary = undo.enter_context(atomic_path(self._destination))
-            self._archive = undo.enter_context(
-                zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1)
-            )
-            self._frames: list[int] = []
-            self._object_ids: list[int] = []
-            undo.push(self._finish)
-            self._undo = undo.pop_all()
-        return self
-
-    def __exit__(self, *failure: Any) -> None:
-        self._undo.__exit__(*failure)
+    def _open(self, temporary: pathlib.Path, undo: contextlib.ExitStack) -> None:
+        self._archive = undo.enter_context(
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1)
+        )
+        self._frames: list[int] = []
+        self._object_ids: list[int] = []
+        undo.push(self._finish)
 
     def write(self, index: int, name: str, object_ids: Sequence[int], masks: np.ndarray) -> None:
         """Writes a frame; arguments as in `PaletteWriter.write`, any ids, the same every time."""
