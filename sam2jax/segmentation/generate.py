@@ -151,8 +151,8 @@ def generate_masks(
       size: (height, width) of the image.
       max_masks: K, how many masks are returned at most.
       points_per_batch: decoded at once.
-      pred_iou_thresh, stability_score_thresh, stability_score_offset, mask_threshold,
-      box_nms_thresh: as in `SAM2AutomaticMaskGenerator`.
+      pred_iou_thresh, mask_threshold, box_nms_thresh: as in `SAM2AutomaticMaskGenerator`.
+      stability_score_thresh, stability_score_offset: likewise.
       multimask: three masks for each point, or one.
 
     Raises:
