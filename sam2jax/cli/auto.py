@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm import tqdm
 
-from sam2jax.cli.session import DType, errors_told, load_model
+from sam2jax.cli.session import DType, ImageSize, errors_told, load_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,9 +47,7 @@ def auto(
         int, typer.Option(help="Smaller regions and holes are removed.")
     ] = 0,
     dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
-    image_size: Annotated[
-        int | None, typer.Option(help="What images are resized to; by default the model's own.")
-    ] = None,
+    image_size: ImageSize = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Find masks of everything in images.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sam2jax.cli.session import DType, errors_told, load_model
+from sam2jax.cli.session import DType, ImageSize, errors_told, load_model
 
 if TYPE_CHECKING:
     from sam2jax.evaluation.scoring import Results
@@ -71,9 +71,7 @@ def evaluate(
             help="Whether to fill holes and pick stable masks; benchmarks are run without.",
         ),
     ] = False,
-    image_size: Annotated[
-        int | None, typer.Option(help="What frames are resized to; by default the model's own.")
-    ] = None,
+    image_size: ImageSize = None,
     dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
     shard: Annotated[
         str, typer.Option(metavar="I/N", help="Of N processes, be number I, from 0 on.")

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from sam2jax.cli.session import DType, errors_told, load_model
+from sam2jax.cli.session import DType, ImageSize, errors_told, load_model
 
 
 class Platform(enum.StrEnum):
@@ -38,9 +38,7 @@ def export(
         bool, typer.Option("--embed", help="Put the weights into the programs.")
     ] = False,
     dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
-    image_size: Annotated[
-        int | None, typer.Option(help="What frames are resized to; by default the model's own.")
-    ] = None,
+    image_size: ImageSize = None,
 ) -> None:
     """Write the tracker and the image path as StableHLO, which JAX alone can run.
 

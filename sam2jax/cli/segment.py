@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sam2jax.cli.prompts import BOX, POINT, ObjectPrompt, PromptTable, read_prompts
-from sam2jax.cli.session import DType, errors_told, load_model
+from sam2jax.cli.session import DType, ImageSize, errors_told, load_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,9 +40,7 @@ def segment(
         ),
     ] = None,
     dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
-    image_size: Annotated[
-        int | None, typer.Option(help="What images are resized to; by default the model's own.")
-    ] = None,
+    image_size: ImageSize = None,
 ) -> None:
     """Segment objects in an image from clicks or boxes.
 

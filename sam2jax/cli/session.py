@@ -12,7 +12,7 @@ import pathlib
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,19 @@ BAD_INPUT = 2  # the exit code, as for a mistyped option
 class DType(enum.StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+# Options that several commands have.
+ImageSize = Annotated[
+    int | None, typer.Option(help="What pictures are resized to; by default the model's own.")
+]
+Postprocessing = Annotated[
+    bool,
+    typer.Option(
+        "--apply-postprocessing/--no-postprocessing",
+        help="Whether to do as the official builders: fill holes, pick stable masks.",
+    ),
+]
 
 
 @contextlib.contextmanager

@@ -22,7 +22,14 @@ from sam2jax.cli.prompts import (
     read_prompts,
     to_prompts,
 )
-from sam2jax.cli.session import DType, errors_told, load_model, read_policy
+from sam2jax.cli.session import (
+    DType,
+    ImageSize,
+    Postprocessing,
+    errors_told,
+    load_model,
+    read_policy,
+)
 
 if TYPE_CHECKING:
     from sam2jax.cli.loop import Job, Result
@@ -71,19 +78,11 @@ def track(
         ),
     ] = None,
     dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
-    image_size: Annotated[
-        int | None, typer.Option(help="What frames are resized to; by default the model's own.")
-    ] = None,
+    image_size: ImageSize = None,
     reverse: Annotated[
         bool, typer.Option("--reverse", help="From the last prompted frame back to frame 0.")
     ] = False,
-    apply_postprocessing: Annotated[
-        bool,
-        typer.Option(
-            "--apply-postprocessing/--no-postprocessing",
-            help="Whether to do as the official builders: fill holes, pick stable masks.",
-        ),
-    ] = True,
+    apply_postprocessing: Postprocessing = True,
     policy: Annotated[
         str,
         typer.Option(

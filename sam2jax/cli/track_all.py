@@ -12,7 +12,14 @@ import typer
 from tqdm import tqdm
 
 from sam2jax.cli.prompts import BOX, POINT, read_prompts
-from sam2jax.cli.session import DType, errors_told, load_model, read_policy
+from sam2jax.cli.session import (
+    DType,
+    ImageSize,
+    Postprocessing,
+    errors_told,
+    load_model,
+    read_policy,
+)
 
 SOME_FAILED = 1  # the exit code where videos were passed over
 
@@ -53,16 +60,8 @@ def track_all(
         typer.Option(help="NAME.json (COCO run lengths), NAME.npz (arrays), or NAME/ (PNGs)."),
     ] = Masks.json,
     dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
-    image_size: Annotated[
-        int | None, typer.Option(help="What frames are resized to; by default the model's own.")
-    ] = None,
-    apply_postprocessing: Annotated[
-        bool,
-        typer.Option(
-            "--apply-postprocessing/--no-postprocessing",
-            help="Whether to do as the official builders: fill holes, pick stable masks.",
-        ),
-    ] = True,
+    image_size: ImageSize = None,
+    apply_postprocessing: Postprocessing = True,
     policy: Annotated[
         str,
         typer.Option(
