@@ -179,7 +179,7 @@ class Prompts(Tree):
             for i in range(count)
         ]
         longest = max(max(len(row_labels) for _, row_labels in rows), 1)
-        padded = 2 ** (longest - 1).bit_length() if width is None else width
+        padded = power_of_two(longest) if width is None else width
         if padded < longest:
             raise ValueError(f"width {padded} is too small for {longest} points.")
         point_array = np.zeros((count, padded, 2), np.float32)
@@ -310,3 +310,8 @@ def _stack_optional(name: str, entries: Sequence[Any] | None):
     blank = np.zeros(next(iter(shapes)), np.float32)
     stacked = np.stack([blank if e is None else e for e in given])
     return stacked, np.array([e is not None for e in given])
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that holds `count`: few sizes, few compilations."""
+    return 1 << max(count - 1, 0).bit_length()

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sam2jax.cli.prompts import PromptTable, add_entries, read_prompts
+from sam2jax.types import power_of_two
 
 VIDEO_SUFFIXES = frozenset(
     ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp".split()
@@ -190,10 +191,10 @@ def shape_of(table: PromptTable, num_frames: int, height: int, width: int) -> Sh
     return Shape(
         height,
         width,
-        frames=_power_of_two(num_frames - min(table.frames)),
-        objects=_power_of_two(len(table.object_ids)),
-        points=_power_of_two(max(prompt.num_points for prompt in prompts)),
-        prompted=_power_of_two(len(table.frames)),
+        frames=power_of_two(num_frames - min(table.frames)),
+        objects=power_of_two(len(table.object_ids)),
+        points=power_of_two(max(prompt.num_points for prompt in prompts)),
+        prompted=power_of_two(len(table.frames)),
         masked=any(prompt.mask is not None for prompt in prompts),
     )
 
@@ -215,7 +216,3 @@ def make_batches(
         tasks = [task for _, task in sorted(entries, key=lambda entry: entry[0])]
         batches += [(shape, tasks[i : i + size]) for i in range(0, len(tasks), size)]
     return batches
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << max(number - 1, 0).bit_length()

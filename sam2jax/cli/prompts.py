@@ -167,11 +167,11 @@ def to_prompts(
         masks: what `read_masks` found.
         scale: from pixels of the video to those of the frames that the tracker is given, (x, y).
     """
-    from sam2jax.types import Prompts
+    from sam2jax.types import Prompts, power_of_two
 
     ids = table.object_ids
     most = max(p.num_points for objects in table.frames.values() for p in objects.values())
-    width = 1 << max(most - 1, 0).bit_length()
+    width = power_of_two(most)
     nothing = ObjectPrompt()
     prompts = {}
     for frame, objects in table.frames.items():

@@ -15,12 +15,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from sam2jax.ops.attention import MASKED
 from sam2jax.types import Array
 
 QUERIES, KEYS = 128, 64  # in a block
 PROGRAMS = 128  # that a large chip runs at once
 MOST_SPLITS = 8
-MASKED = -1e30
 _PER_BIT = 1.4426950408889634  # log2(e): the chip has exponentials of base 2
 
 

@@ -16,9 +16,8 @@ from sam2jax.ops.masks import fill_regions
 from sam2jax.ops.resize import preprocess_image, resize_masks
 from sam2jax.predictors.inputs import check_image
 from sam2jax.predictors.options import load_with
-from sam2jax.predictors.session import power_of_two
 from sam2jax.segmentation.image import decode_masks, encode_image
-from sam2jax.types import Array, ImageFeatures, MaskPrediction, Prompts, point_rows
+from sam2jax.types import Array, ImageFeatures, MaskPrediction, Prompts, point_rows, power_of_two
 
 IMAGE_OPTIONS = ("mask_threshold", "max_hole_area", "max_sprinkle_area")
 MOST_AT_ONCE = 16  # prompts that are decoded as one batch, whose memory grows with them

@@ -11,8 +11,8 @@ from sam2jax.memory.policy import MemoryPolicy
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.predictors.programs import Record, answer_prompt, fit_mask
 from sam2jax.predictors.propagation import frame_features, stored
-from sam2jax.predictors.session import InferenceState, ObjectHistory, build_state, power_of_two
-from sam2jax.types import CONDITIONING, REFINEMENT, Prompts
+from sam2jax.predictors.session import InferenceState, ObjectHistory, build_state
+from sam2jax.types import CONDITIONING, REFINEMENT, Prompts, power_of_two
 
 POINTS = 8  # that programs are compiled for at first; beyond them, powers of two
 NO_POINTS = np.zeros((0, 2), np.float32), np.zeros(0, np.int32)

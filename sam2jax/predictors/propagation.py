@@ -25,10 +25,9 @@ from sam2jax.predictors.session import (
     InferenceState,
     build_state,
     memory_reach,
-    power_of_two,
 )
 from sam2jax.tracking.state import TrackState
-from sam2jax.types import Array, ImageFeatures
+from sam2jax.types import Array, ImageFeatures, power_of_two
 
 
 class FrameAnswer(NamedTuple):

@@ -11,7 +11,7 @@ import scipy.ndimage
 
 from sam2jax.io.runs import decode_coco, encode_coco
 from sam2jax.ops.boxes import non_maximum_suppression
-from sam2jax.predictors.session import power_of_two
+from sam2jax.types import power_of_two
 
 EVERYTHING = 1.0  # an IoU that no box exceeds
 

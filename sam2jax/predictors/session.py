@@ -17,7 +17,7 @@ from sam2jax.config import SAM2Config
 from sam2jax.memory.policy import SAM2, MemoryPolicy
 from sam2jax.predictors.programs import Held, Record, carries, nothing_held, remember, stack
 from sam2jax.tracking.state import TrackState
-from sam2jax.types import ImageFeatures
+from sam2jax.types import ImageFeatures, power_of_two
 
 History = Literal["all", "none"]
 
@@ -221,8 +221,3 @@ def memory_reach(config: SAM2Config, policy: MemoryPolicy) -> int:
         return REPLAYED
     spatial = config.num_recent * policy.settings.of(config).memory_temporal_stride_for_eval
     return max(spatial, config.num_recent_pointers)
-
-
-def power_of_two(count: int) -> int:
-    """The least power of two that holds `count`: few sizes, few compilations."""
-    return 1 << max(count - 1, 0).bit_length()
