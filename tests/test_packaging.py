@@ -18,7 +18,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def packages_on_disk() -> set[str]:
-    folders = {path.parent for path in (ROOT / "sam2jax").rglob("__init__.py")}
+    kinds = ("__init__.py", "*.toml", "*.safetensors")
+    folders = {path.parent for kind in kinds for path in (ROOT / "sam2jax").rglob(kind)}
     return {".".join(path.relative_to(ROOT).parts) for path in folders} | {"sam2jax.convert"}
 
 
@@ -46,8 +47,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """The file lists of a wheel and an sdist, built from a copy of the tracked files."""
     folder = tmp_path_factory.mktemp("build")
     copy = folder / "copy"
-    wanted = ("sam2jax", "convert", "tests", "pyproject.toml", "README.md", "LICENSE")
-    for name in wanted:
+    folders, files = ("sam2jax", "convert", "tests"), ("README.md", "LICENSE")
+    for name in (*folders, *files, "pyproject.toml", "MANIFEST.in"):
         source, target = ROOT / name, copy / name
         if source.is_dir():
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
@@ -76,7 +77,9 @@ def test_wheel_holds_every_module(built: dict[str, list[str]]):
     assert {"sam2jax/py.typed", "sam2jax/weights/sam2.1_hiera_nano.safetensors"} <= set(
         built["wheel"]
     )
-    assert not [name for name in built["wheel"] if name.startswith(("tests", "benchmarks"))]
+    assert not [
+        name for name in built["wheel"] + built["sdist"] if name.startswith(("tests", "benchmarks"))
+    ]
 
 
 def test_importing_does_not_read_the_weights():
