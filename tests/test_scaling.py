@@ -66,6 +66,20 @@ def split(run, devices, params, frames, prompts, prompts_too=False):
     return jax.jit(run, out_shardings=everywhere).lower(*given).compile(), given
 
 
+def track_all_of(videos, prompts, params):
+    from sam2jax.cli import batch
+
+    mesh = jax.make_mesh((8,), ("videos",), (jax.sharding.AxisType.Auto,))
+    program = batch._program(MODEL, 1, NamedSharding(mesh, PartitionSpec("videos")))
+    prompts = jax.tree.map(lambda x: x[:, None], prompts)
+    prompts = sam2jax.ClipPrompts(frames=jnp.zeros((8, 1), jnp.int32), prompts=prompts)
+    state = sam2jax.init_state(MODEL, 2, 2, 1)
+    states = jax.tree.map(lambda x: jnp.broadcast_to(x, (8, *jnp.shape(x))), state)
+    policy = sam2jax.memory.SAM2.replace(online=True)
+    lengths = np.full(8, 2, np.int32)
+    return program.lower(params, policy, videos, prompts, states, lengths).compile()
+
+
 assert len(jax.devices()) == 8
 program, given = split(run, jax.devices(), params, frames, TWO)
 found = {"frames": program(*given)}
@@ -79,6 +93,7 @@ if not coordinator:
     program, given = split(run_videos, jax.devices(), params, videos, prompts, True)
     found["videos"], work["videos"] = program(*given), flops(program)
     work["eight videos"] = flops(jax.jit(run_videos).lower(params, videos, prompts).compile())
+    work["track-all"] = flops(track_all_of(videos, prompts, params))
 if jax.process_index() == 0:
     answers = {
         f"{part}/{name}": value
@@ -136,6 +151,7 @@ def test_work_is_split_over_eight_devices(tmp_path, expected):
     assert work["frames"] - tracking < 1.1 * work["encoding"] / 8
     # Of eight videos each device tracks one. The partitioner leaves a seventh of the work unsplit.
     assert work["videos"] < work["eight videos"] * (1 / 8 + 1 / 7)
+    assert work["track-all"] < 1.01 * work["eight videos"] / 8  # by shard_map
     params = random_params(MODEL.config, seed=3)
     for index in range(8):
         _, alone = sam2jax.track(MODEL, params, clip(2, index), TWO)

@@ -355,17 +355,25 @@ class Tracker:
             for place, frame in enumerate(chunk):
                 frames[index, place] = frame.image
         frames, lengths = jax.device_put((frames, lengths), self._split)
-        states, out = self._advance(
-            self._params, frames, prompts, states, lengths=lengths, policy=self._policy
-        )
+        states, out = self._advance(self._params, self._policy, frames, prompts, states, lengths)
         return states, out.masks
 
 
 @functools.cache
 def _program(model: SAM2, at_once: int, split: NamedSharding) -> Callable[..., Any]:
-    """`track` from states that know all prompts ahead, split by videos."""
-    program = functools.partial(track, model, look_ahead=False, frames_at_once=at_once)
-    return jax.jit(program, out_shardings=split)
+    """`track` from states that know all prompts ahead; each device tracks videos of its own."""
+
+    def program(params, policy, frames, prompts, states, lengths):
+        options = {"policy": policy, "look_ahead": False, "frames_at_once": at_once}
+        return track(model, params, frames, prompts, states, lengths=lengths, **options)
+
+    everywhere = PartitionSpec()
+    specs = (everywhere, everywhere, *4 * [split.spec])
+    return jax.jit(
+        jax.shard_map(
+            program, mesh=split.mesh, in_specs=specs, out_specs=split.spec, check_vma=False
+        )
+    )
 
 
 @functools.partial(jax.jit, static_argnums=1)
