@@ -8,8 +8,6 @@ import subprocess
 import sys
 from typing import Any
 
-import huggingface_hub
-import huggingface_hub.errors
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -264,56 +262,6 @@ def test_header_that_does_not_fit(
     safetensors.numpy.save_file(tensors, path, {"sam2jax": text})
     with pytest.raises(ValueError, match=words):
         load(path)
-
-
-# The hub -----------------------------------------------------------------------------------------
-
-
-def test_hub_prefers_what_is_cached(saved: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
-    def cached(repo: str, name: str) -> str | None:
-        assert repo == "facebook/sam2.1-hiera-tiny"
-        return str(saved / "model.pt") if name == "sam2.1_hiera_tiny.pt" else None
-
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
-    assert load("facebook/sam2.1-hiera-tiny")[0] == SAM2(SMALL)
-
-
-def test_hub_downloads_what_the_repository_has(
-    saved: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-):
-    asked = []
-
-    def download(_: str, name: str) -> str:
-        asked.append(name)
-        if name == "model.safetensors":
-            raise huggingface_hub.errors.EntryNotFoundError("not here")
-        return str(saved / "model.pt")
-
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert load("facebook/sam2.1-hiera-base-plus")[0] == SAM2(SMALL)
-    assert asked == ["model.safetensors", "sam2.1_hiera_base_plus.pt"]
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (huggingface_hub.errors.LocalEntryNotFoundError("offline"), "hub cannot be reached"),
-        (
-            huggingface_hub.errors.EntryNotFoundError("none"),
-            "neither model.safetensors nor my_model.pt",
-        ),
-        (OSError("no route\nto host"), "cannot be downloaded .*: no route$"),
-    ],
-)
-def test_hub_that_cannot_help(monkeypatch: pytest.MonkeyPatch, error: Exception, words: str):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(ValueError, match=words):
-        load("me/my-model")
 
 
 # Saving ------------------------------------------------------------------------------------------
