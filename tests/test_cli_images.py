@@ -104,7 +104,17 @@ def test_auto(command, checkpoint, tmp_path):
 
 
 def test_what_auto_refuses(command, checkpoint, tmp_path):
-    for path, message in ((tmp_path / "none", "no image or folder"), (tmp_path, "no frames")):
-        result = command("auto", path, "--checkpoint", checkpoint, "--out", tmp_path / "out")
+    photos, nothing, out = (tmp_path / name for name in ("photos", "nothing", "out"))
+    for folder in (photos, nothing):
+        folder.mkdir()
+    Image.fromarray(picture()).save(photos / "cups.png")
+    for images, where, message in (
+        (tmp_path / "none", out, "no image or folder"),
+        (nothing, out, "no frames"),
+        (photos, photos, "holds the pictures"),
+        (photos / "cups.png", nothing / ".." / "photos", "holds the pictures"),
+    ):
+        result = command("auto", images, "--checkpoint", checkpoint, "--out", where)
         assert result.exit_code == 2 and message in result.output, result.output
-    assert not (tmp_path / "out").exists()
+    assert os.listdir(photos) == ["cups.png"] and not out.exists()
+    np.testing.assert_array_equal(np.asarray(Image.open(photos / "cups.png")), picture())

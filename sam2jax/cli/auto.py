@@ -63,6 +63,8 @@ def auto(
     """
     with errors_told():
         paths = _list(images)
+        if any(path.parent.resolve() == out.resolve() for path in paths):
+            raise ValueError(f"{out} holds the pictures; choose another folder for --out.")
         todo = [path for path in paths if not _result(out, path).exists()]
         out.mkdir(parents=True, exist_ok=True)
         from sam2jax.predictors.automatic import SAM2AutomaticMaskGenerator
