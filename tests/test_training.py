@@ -215,6 +215,8 @@ def test_command_line(tmp_path):
     result = run(app, ["train", "--config", "nothing"])
     assert result.exit_code == 2 and "neither a file" in result.output
     assert "finetune, lora, scratch" in result.output
+    result = run(app, ["train", "--config", "lora", "--coordinator", "localhost:1234"])
+    assert result.exit_code == 2 and "give --distributed too" in result.output
 
 
 def test_runs_that_cannot_begin(tmp_path):

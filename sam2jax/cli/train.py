@@ -49,6 +49,12 @@ def train(
 
         from sam2jax.training.config import read_config, read_text
 
+        places = (coordinator, num_processes, process_id)
+        if not distributed and any(place is not None for place in places):
+            raise ValueError(
+                "--coordinator, --num-processes and --process-id are of a run on several "
+                "processes; give --distributed too."
+            )
         if show:
             typer.echo(read_text(config), nl=False)
             return
@@ -58,7 +64,7 @@ def train(
         if distributed:
             import jax
 
-            jax.distributed.initialize(coordinator, num_processes, process_id)
+            jax.distributed.initialize(*places)
         keep_compiled_programs()
         from sam2jax.training.loop import train as train_model
 
