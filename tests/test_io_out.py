@@ -180,6 +180,11 @@ def test_masklets_are_what_training_reads(tmp_path, masks):
     with SAVVideo(tmp_path / "clip", tmp_path / "clip_manual.json", 1) as video:
         found = np.stack([video.masks(i, [0, 1, 2]) for i in range(len(video))])
     np.testing.assert_array_equal(found, masks)
+    with pytest.raises(ValueError, match="each of its 6 frames.* frames_per_annotation = 1"):
+        SAVVideo(tmp_path / "clip", tmp_path / "clip_manual.json", 4)
+    with mask_writer(tmp_path / "one_manual.json") as out:  # is no less for every fourth frame
+        out.write(0, "00000", [3, 1, 7], masks[0])
+    assert len(SAVVideo(tmp_path / "clip", tmp_path / "one_manual.json", 4)) == 1
 
 
 def test_array_masks(tmp_path, masks):

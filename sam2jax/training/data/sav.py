@@ -31,7 +31,15 @@ class SAVVideo:
 
     def __init__(self, images: pathlib.Path, masks: pathlib.Path, frames_per_annotation: int):
         self.name = str(masks)
-        self._annotations = _masklets(read_json(masks), self.name)
+        contents = read_json(masks)
+        self._annotations = _masklets(contents, self.name)
+        count = len(self._annotations)
+        # As what sam2jax writes; the masks would be laid on frames that they are not of.
+        if frames_per_annotation > 1 and 1 < count == contents.get("video_frame_count"):
+            raise ValueError(
+                f"{self.name} has masks for each of its {count} frames, not for one in "
+                f"{frames_per_annotation}; set frames_per_annotation = 1."
+            )
         self._film, self._paths = None, {}
         if images.is_dir():
             frames = list_frames(images)
