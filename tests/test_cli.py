@@ -245,6 +245,32 @@ def test_results_come_in_order_of_time(tmp_path, fake_tracker, reverse, original
     assert fake_tracker[2:] == [("step", i, i, i in (3, 8)) for i in order]
 
 
+def all_results(video, prompts: list[str], reverse: bool) -> list[loop.Result]:
+    given = to_prompts(read_prompts(prompts), {}, (1, 1))
+    job = loop.Job(None, None, video, given, SAM2, reverse)
+    return list(loop.run(job, original=False, bar=lambda frames: frames))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("prompts", [["1,2:13"], ["1,2:3", "1,2:13"]])
+def test_a_prompt_behind_the_last_frame_is_told(tmp_path, fake_tracker, reverse, prompts):
+    """Headers may promise more frames than there are."""
+    video = open_video(write_clip(tmp_path / "clip.mp4", height=16, width=16), 32)
+    video.num_frames = 15
+    with pytest.raises(ValueError, match=r"a prompt on frame 13, but .*clip.mp4 ends before"):
+        all_results(video, prompts, reverse)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_frame_that_is_not_there_has_no_masks(fake_tracker, monkeypatch, reverse):
+    video = open_video(np.zeros((6, 16, 16, 3), np.uint8))
+    read = video._read
+    monkeypatch.setattr(video, "_read", lambda index: read(index if index != 2 else 6))
+    results = all_results(video, ["1,2:4", "1,2@2"], reverse)
+    tracked = [0, 1, 3, 4] if reverse else [0, 1, 3, 4, 5]
+    assert [result.index for result in results if result.masks is not None] == tracked
+
+
 # End to end --------------------------------------------------------------------------------------
 
 

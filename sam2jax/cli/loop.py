@@ -110,7 +110,8 @@ def _run_reverse(job: Job, original: bool, bar: Bar) -> Iterator[Result]:
                 spool.write(frame.index, str(frame.index), range(len(masks)), masks)
         with np.load(path) as spooled:
             for result in _untracked(job, job.indices, original):
-                yield result._replace(masks=spooled[str(result.index)])
+                name = str(result.index)
+                yield result._replace(masks=spooled[name] if name in spooled else None)
     yield from _untracked(job, range(job.indices.stop, len(job.video)), original)
 
 
@@ -139,8 +140,11 @@ def _track(job: Job, original: bool) -> Iterator[tuple[Frame, np.ndarray]]:
         frame_index=order[0],
         policy=policy,
     )
-    for index in order[1:]:
-        ahead = jnp.asarray(prompted_frame(video, index))
+    for index in order:
+        image = prompted_frame(video, index)
+        if index == order[0]:  # comes up as it is tracked
+            continue
+        ahead = jnp.asarray(image)
         state = sam2jax.condition(
             *(model, params, state, ahead, prompts[index], index), reverse=reverse, policy=policy
         )
