@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import flax.linen as nn
 import jax
@@ -229,6 +231,34 @@ def test_runs_that_cannot_begin(tmp_path):
     with pytest.raises(FileNotFoundError):
         train(run_config(tmp_path, model={"checkpoint": str(tmp_path / "none.pt")}), progress=False)
     assert run_values(tmp_path)["steps"] == 6
+
+
+def test_a_run_that_diverges_stores_no_such_state(tmp_path, monkeypatch):
+    from sam2jax.training import loop
+
+    def step(config, model, state, batch):
+        norm = math.nan if state.step == 3 else 1.0
+        return SimpleNamespace(step=state.step + 1), {"loss": 1, "iou": 1, "gradient_norm": norm}
+
+    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(loop, "_place", lambda batch, placed: batch)
+    saved = []
+    checkpoints = SimpleNamespace(save=lambda step, state, data: saved.append(step))
+    loader = MagicMock(__next__=MagicMock())
+    config = run_config(tmp_path, log_every=5, checkpoint_every=2)
+    with pytest.raises(FloatingPointError, match="the gradient_norm of step 4 is nan"):
+        loop._run(config, MODEL, SimpleNamespace(step=0), loader, make_mesh(), checkpoints, False)
+    assert saved == [2]
+
+
+def test_a_run_that_diverges_is_told_in_one_line(tmp_path, monkeypatch):
+    def train(*_, **__):
+        raise FloatingPointError("the loss of step 4 is nan")
+
+    monkeypatch.setattr("sam2jax.training.loop.train", train)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    result = CliRunner().invoke(app, ["train", "--config", "scratch"])
+    assert result.exit_code == 2 and result.output == "error: the loss of step 4 is nan\n"
 
 
 def test_states_are_float32(tmp_path):

@@ -185,7 +185,7 @@ def test_too_much_damage_stops_the_run(tmp_path, workers):
     for i in range(4):
         damage(tmp_path / f"sa_{3 * i}.json", "nonsense")
     batches = loader(source, max_damaged=3, workers=workers)
-    with pytest.raises(RuntimeError, match=r"4 damaged examples, .* is 3;.*sa_\d+.json"):
+    with pytest.raises(ValueError, match=r"4 damaged examples, .* is 3;.*sa_\d+.json"):
         for _ in range(6):
             next(batches)
     tolerant = loader(source, max_damaged=4, workers=workers)

@@ -68,6 +68,9 @@ def train(
         keep_compiled_programs()
         from sam2jax.training.loop import train as train_model
 
-        with log_shown():
-            path = train_model(run, resume=resume, progress=not quiet)
+        try:
+            with log_shown():
+                path = train_model(run, resume=resume, progress=not quiet)
+        except FloatingPointError as error:
+            raise ValueError(str(error)) from error
         typer.echo(f"trained model: {path}")

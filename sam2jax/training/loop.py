@@ -46,7 +46,10 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
 
     Raises:
       FileNotFoundError: there is nothing to resume from, or a source of data is not there.
-      ValueError: the batch cannot be split over the devices, or the folder holds another run.
+      ValueError: the batch cannot be split over the devices, the folder holds another run, or more
+        examples are damaged than `config.data.max_damaged`.
+      FloatingPointError: the loss or its gradient is no longer finite. No checkpoint has such a
+        state.
     """
     mesh = make_mesh(config.shards)
     if config.batch_size % mesh.size:
@@ -166,18 +169,27 @@ def _run(
         for step in range(first + 1, last + 1):
             batch = _place(next(loader), placed)
             state, metrics = train_step(recipe, model, state, batch)
-            if step % config.log_every == 0 or step == last:
+            logged = step % config.log_every == 0 or step == last
+            saved = step % config.checkpoint_every == 0 or step == last
+            if logged or saved:
                 values = {name: float(value) for name, value in metrics.items()}
-                if not np.isfinite(values["loss"]):
-                    raise FloatingPointError(
-                        f"the loss of step {step} is {values['loss']}; take a lower learning rate."
-                    )
-                write(step, values)
-                bar.set_postfix({k: f"{values[k]:.4g}" for k in ("loss", "iou")}, refresh=False)
+                _check_finite(step, values)
+                if logged:
+                    write(step, values)
+                    bar.set_postfix({k: f"{values[k]:.4g}" for k in ("loss", "iou")}, refresh=False)
             bar.update()
-            if step % config.checkpoint_every == 0 or step == last:
+            if saved:
                 checkpoints.save(step, state, loader.get_state())
     return state
+
+
+def _check_finite(step: int, metrics: dict[str, float]) -> None:
+    # The loss is of the parameters before the step; a gradient of NaNs spoils those after it.
+    for name in ("loss", "gradient_norm"):
+        if not np.isfinite(metrics[name]):
+            raise FloatingPointError(
+                f"the {name} of step {step} is {metrics[name]}; take a lower learning rate."
+            )
 
 
 def _place(batch: Clip, placed: jax.sharding.NamedSharding) -> Clip:

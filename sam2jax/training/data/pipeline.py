@@ -114,8 +114,8 @@ def make_loader(
 
     Raises:
       FileNotFoundError: a source's folder or list does not exist.
-      ValueError: a source is empty, sizes are not positive, or the epochs fill no batch.
-      RuntimeError: while iterating, more than `config.max_damaged` examples are damaged.
+      ValueError: a source is empty, sizes are not positive, or the epochs fill no batch; while
+        iterating, more than `config.max_damaged` examples are damaged, or too many in a row.
     """
     import grain
 
@@ -221,7 +221,7 @@ class Examples:
             count, most = len(self.damaged), self._config.max_damaged
         _log.warning("skipped a damaged example (%d of at most %d): %s", count, most, message)
         if count > most:
-            raise RuntimeError(
+            raise ValueError(
                 f"{count} damaged examples, and max_damaged is {most}; the last: {message}"
             )
 
