@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -219,6 +220,17 @@ def test_command_line(tmp_path):
     assert "finetune, lora, scratch" in result.output
     result = run(app, ["train", "--config", "lora", "--coordinator", "localhost:1234"])
     assert result.exit_code == 2 and "give --distributed too" in result.output
+
+
+def test_training_without_the_extra(tmp_path, monkeypatch):
+    path = tmp_path / "run.toml"
+    path.write_text("tensorboard = true\n" + (SHIPPED / "scratch.toml").read_text())
+    for package in ("tensorboardX", "grain"):
+        monkeypatch.setitem(sys.modules, package, None)
+        result = CliRunner().invoke(app, ["train", "--config", str(path)])
+        assert result.exit_code == 2 and result.output == (
+            f"error: training needs {package}: pip install 'sam2jax[train]'\n"
+        )
 
 
 def test_runs_that_cannot_begin(tmp_path):

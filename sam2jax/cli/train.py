@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pathlib
 from typing import Annotated
 
@@ -61,6 +62,7 @@ def train(
         run = read_config(config)
         changes = {"output": None if output is None else str(output), "steps": steps}
         run = dataclasses.replace(run, **{k: v for k, v in changes.items() if v is not None})
+        _require("grain", *(["tensorboardX"] if run.tensorboard else []))
         if distributed:
             import jax
 
@@ -74,3 +76,9 @@ def train(
         except FloatingPointError as error:
             raise ValueError(str(error)) from error
         typer.echo(f"trained model: {path}")
+
+
+def _require(*packages: str) -> None:
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"training needs {name}: pip install 'sam2jax[train]'")
