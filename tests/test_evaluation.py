@@ -563,6 +563,7 @@ def test_shards_and_damaged_videos(command, checkpoint, tmp_path):
         (["--score", "--out", "out"], "--truth"),
         (["VIDEOS", "--out", "out"], "--masks and --checkpoint"),
         (["VIDEOS", "--masks", "MASKS", "--out", "MASKS"], "holds the given masks"),
+        (["VIDEOS", "--masks", "MASKS", "--out", "VIDEOS"], "holds the videos"),
         (["--score", "--truth", "MASKS", "--out", "MASKS"], "holds the given masks"),
         (["--score", "--truth", "MASKS", "--out", "out", "--shard", "0/2"], "shard"),
         (["--score", "--truth", "MASKS", "--out", "out", "--shard", "2/2"], "I from 0 to N-1"),

@@ -122,9 +122,10 @@ def evaluate(
             raise ValueError("there is nothing to do: give VIDEOS, --score or both.")
         if out is None:
             raise ValueError("say where the masks are to be, or are, with --out.")
-        for given in (masks, truth):
-            if given is not None and given.resolve() == out.resolve():
-                raise ValueError(f"{out} holds the given masks; choose another folder for --out.")
+        held = (("videos", videos), ("given masks", masks), ("given masks", truth))
+        for what, folder in held:
+            if folder is not None and folder.resolve() == out.resolve():
+                raise ValueError(f"{out} holds the {what}; choose another folder for --out.")
         truth = truth or masks
         if score and truth is None:
             raise ValueError("say where the true masks are, with --truth.")
