@@ -141,7 +141,9 @@ def evaluate(
             _track(
                 (videos, masks, out),
                 names[part::parts],
-                lambda: load_model(checkpoint, image_size, dtype, apply_postprocessing),
+                lambda: load_model(
+                    checkpoint, image_size, dtype, apply_postprocessing, memory=True
+                ),
                 VOSOptions(objects_appear_later, use_all_masks, per_object_png, score_threshold),
                 quiet,
             )
@@ -191,11 +193,8 @@ def _track(
     if not todo:
         return
     from sam2jax.predictors.video import SAM2VideoPredictor
-    from sam2jax.tracking.state import require_memory
 
-    model, params = load()
-    require_memory(model.config)
-    predictor = SAM2VideoPredictor(model, params)
+    predictor = SAM2VideoPredictor(*load())
     failed = 0
     for outcome in segment_videos(predictor, *folders, todo, options, progress=not quiet):
         if outcome.problem is not None:

@@ -88,18 +88,32 @@ def keep_compiled_programs() -> None:
 
 
 def load_model(
-    checkpoint: str, image_size: int | None, dtype: DType, apply_postprocessing: bool = True
+    checkpoint: str,
+    image_size: int | None,
+    dtype: DType,
+    apply_postprocessing: bool = True,
+    *,
+    memory: bool = False,
 ) -> tuple[Any, Any]:
-    """A model and its parameters, whose compiled programs are kept."""
+    """A model and its parameters, whose compiled programs are kept.
+
+    Raises:
+      ValueError: also where `memory` is asked for, and the model is for images only.
+    """
     keep_compiled_programs()
     from sam2jax.loading import load
 
-    return load(
+    model, params = load(
         checkpoint,
         image_size=image_size,
         dtype=dtype.value,
         apply_postprocessing=apply_postprocessing,
     )
+    if memory:
+        from sam2jax.tracking.state import require_memory
+
+        require_memory(model.config)
+    return model, params
 
 
 def read_policy(text: str) -> Any:

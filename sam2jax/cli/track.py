@@ -7,7 +7,7 @@ import functools
 import pathlib
 import signal
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from tqdm import tqdm
@@ -140,7 +140,7 @@ def track(
         mask_prompts = read_masks(table, clip.height, clip.width)
         sinks = _open_sinks(stack, clip, table, out, masks)
         _refuse_overwriting(video, out)
-        model, params = _load(checkpoint, image_size, dtype, apply_postprocessing)
+        model, params = load_model(checkpoint, image_size, dtype, apply_postprocessing, memory=True)
 
         from sam2jax.cli.explain import Explainer
         from sam2jax.cli.loop import Job
@@ -262,13 +262,3 @@ def _open_sinks(
     if not sinks:
         raise ValueError("there is nothing to write: say where with --out or --masks.")
     return sinks
-
-
-def _load(
-    checkpoint: str, image_size: int | None, dtype: DType, apply_postprocessing: bool
-) -> tuple[Any, Any]:
-    model, params = load_model(checkpoint, image_size, dtype, apply_postprocessing)
-    from sam2jax.tracking.state import require_memory
-
-    require_memory(model.config)
-    return model, params

@@ -126,10 +126,7 @@ def track_all(
             )
         if not todo:
             return
-        model, params = load_model(checkpoint, image_size, dtype, apply_postprocessing)
-        from sam2jax.tracking.state import require_memory
-
-        require_memory(model.config)
+        model, params = load_model(checkpoint, image_size, dtype, apply_postprocessing, memory=True)
         from sam2jax.cli.batch import Job
         from sam2jax.cli.batch import track_all as run
 
