@@ -24,6 +24,7 @@ from sam2jax.evaluation.scoring import score_folders
 from sam2jax.evaluation.vos import VOSOptions, segment_video, segment_videos, unfinished
 from sam2jax.io.images import read_labels
 from sam2jax.io.masks import ObjectWriter, PaletteWriter, davis_palette
+from sam2jax.memory import SAM2, samurai
 from sam2jax.predictors import session
 from sam2jax.testing import random_params, small_config
 from tests.conftest import ROOT
@@ -555,6 +556,17 @@ def test_shards_and_damaged_videos(command, checkpoint, tmp_path):
     assert sorted(os.listdir("out")) == ["ant", "bear", "camel"]
 
 
+def test_another_policy(command, checkpoint, tmp_path, monkeypatch):
+    predictors = []
+    monkeypatch.setattr(vos, "segment_videos", lambda used, *_, **__: predictors.append(used) or [])
+    write_davis(tmp_path)
+    given = ["eval", tmp_path / "videos", "--masks", tmp_path / "masks", "--out", "out"]
+    for more in ((), ("--policy", "samurai:alpha=0.15")):
+        result = command(*given, "--checkpoint", checkpoint, *more)
+        assert result.exit_code == 0, result.output
+    assert [used.policy for used in predictors] == [SAM2, samurai(alpha=0.15)]
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -570,6 +582,11 @@ def test_shards_and_damaged_videos(command, checkpoint, tmp_path):
         (["--score", "--truth", "MASKS", "--out", "out"], "no folder out"),
         (["NOWHERE", "--masks", "MASKS", "--out", "out"], "no folder"),
         (["VIDEOS", "--masks", "NOWHERE", "--checkpoint", "MODEL", "--out", "out"], "no folder"),
+        (
+            ["VIDEOS", *("--masks", "MASKS", "--checkpoint", "MODEL", "--out", "out")]
+            + ["--policy", "nothing"],
+            "there are sam2, sam3_score",
+        ),
     ],
 )
 def test_refused(command, checkpoint, tmp_path, given, words):

@@ -7,15 +7,16 @@ import os
 import pathlib
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sam2jax.cli.session import DType, ImageSize, errors_told, load_model
+from sam2jax.cli.session import DType, ImageSize, Policy, errors_told, load_model, read_policy
 
 if TYPE_CHECKING:
     from sam2jax.evaluation.scoring import Results
     from sam2jax.evaluation.vos import VOSOptions
+    from sam2jax.predictors.video import SAM2VideoPredictor
 
 SOME_FAILED = 1  # the exit code where videos were passed over
 
@@ -71,6 +72,7 @@ def evaluate(
             help="Whether to fill holes and pick stable masks; benchmarks are run without.",
         ),
     ] = False,
+    policy: Policy = "sam2",
     image_size: ImageSize = None,
     dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
     shard: Annotated[
@@ -135,14 +137,17 @@ def evaluate(
         if videos is not None:
             if masks is None or checkpoint is None:
                 raise ValueError("tracking needs --masks and --checkpoint.")
+            rules = read_policy(policy)
             from sam2jax.evaluation.vos import VOSOptions
+            from sam2jax.predictors.video import SAM2VideoPredictor
 
             assert names is not None
             _track(
                 (videos, masks, out),
                 names[part::parts],
-                lambda: load_model(
-                    checkpoint, image_size, dtype, apply_postprocessing, memory=True
+                lambda: SAM2VideoPredictor(
+                    *load_model(checkpoint, image_size, dtype, apply_postprocessing, memory=True),
+                    policy=rules,
                 ),
                 VOSOptions(objects_appear_later, use_all_masks, per_object_png, score_threshold),
                 quiet,
@@ -182,7 +187,7 @@ def _list(videos: pathlib.Path | None, video_list: pathlib.Path | None) -> list[
 def _track(
     folders: tuple[pathlib.Path, pathlib.Path, pathlib.Path],
     names: list[str],
-    load: Callable[[], tuple[Any, Any]],
+    load: Callable[[], SAM2VideoPredictor],
     options: VOSOptions,
     quiet: bool,
 ) -> None:
@@ -192,11 +197,8 @@ def _track(
     todo = unfinished(folders[-1], names)
     if not todo:
         return
-    from sam2jax.predictors.video import SAM2VideoPredictor
-
-    predictor = SAM2VideoPredictor(*load())
     failed = 0
-    for outcome in segment_videos(predictor, *folders, todo, options, progress=not quiet):
+    for outcome in segment_videos(load(), *folders, todo, options, progress=not quiet):
         if outcome.problem is not None:
             failed += 1
             typer.echo(f"error: {outcome.video}: {outcome.problem}", err=True)

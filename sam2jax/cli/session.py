@@ -35,6 +35,13 @@ Postprocessing = Annotated[
         help="Whether to do as the official builders: fill holes, pick stable masks.",
     ),
 ]
+Policy = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME[:SETTING=VALUE,...]",
+        help="What is remembered: sam2, sam3_score, samurai, dam4sam, rcms or sam2long.",
+    ),
+]
 
 
 @contextlib.contextmanager

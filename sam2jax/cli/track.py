@@ -25,6 +25,7 @@ from sam2jax.cli.prompts import (
 from sam2jax.cli.session import (
     DType,
     ImageSize,
+    Policy,
     Postprocessing,
     errors_told,
     load_model,
@@ -83,13 +84,7 @@ def track(
         bool, typer.Option("--reverse", help="From the last prompted frame back to frame 0.")
     ] = False,
     apply_postprocessing: Postprocessing = True,
-    policy: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME[:SETTING=VALUE,...]",
-            help="What is remembered: sam2, sam3_score, samurai, dam4sam, rcms or sam2long.",
-        ),
-    ] = "sam2",
+    policy: Policy = "sam2",
     explain: Annotated[
         pathlib.Path | None,
         typer.Option(

@@ -15,6 +15,7 @@ from sam2jax.cli.prompts import BOX, POINT, read_prompts
 from sam2jax.cli.session import (
     DType,
     ImageSize,
+    Policy,
     Postprocessing,
     errors_told,
     load_model,
@@ -62,12 +63,7 @@ def track_all(
     dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
     image_size: ImageSize = None,
     apply_postprocessing: Postprocessing = True,
-    policy: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME[:SETTING=VALUE,...]", help="What is remembered, as in sam2jax track."
-        ),
-    ] = "sam2",
+    policy: Policy = "sam2",
     videos_per_device: Annotated[
         int, typer.Option(min=1, help="Videos that a device tracks at once.")
     ] = 1,
