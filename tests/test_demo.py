@@ -1,6 +1,7 @@
 """`sam2jax demo`: the model that ships, on a clip that is drawn."""
 
 import os
+import pathlib
 import re
 import socket
 
@@ -37,8 +38,9 @@ def test_demo(command, monkeypatch):
         raise OSError("there is no network")
 
     monkeypatch.setattr(socket.socket, "connect", offline)
-    result = command("demo")
+    result = command("demo", "--out", "new/folder")
     assert result.exit_code == 0, result.output
+    monkeypatch.chdir("new/folder")
     assert sorted(os.listdir()) == ["sam2jax_demo.mp4", "sam2jax_demo.png"]
     score, told, hidden = re.search(
         r"J&F (\d\.\d+) over 3 objects, one click each; (\d+) of (\d+) hidden", result.output
@@ -52,14 +54,15 @@ def test_demo(command, monkeypatch):
 
 
 def test_what_demo_refuses(command):
+    pathlib.Path("file").touch()
     for given, message in (
-        (["--out", "nowhere"], "nowhere"),
+        (["--out", "file/out"], "file"),
         (["--checkpoint", "missing.pt"], "missing.pt"),
         (["--seed", "-1"], "seed"),
     ):
         result = command("demo", *given)
         assert result.exit_code == 2 and message in result.output, result.output
-    assert os.listdir() == []
+    assert os.listdir() == ["file"]
 
 
 def test_a_sheet_marks_what_is_hidden():

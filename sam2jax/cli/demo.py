@@ -53,6 +53,7 @@ def demo(
       sam2jax demo
     """
     with errors_told():
+        out.mkdir(parents=True, exist_ok=True)
         import numpy as np
 
         from sam2jax.training.data.clip import middle
