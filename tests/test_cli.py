@@ -115,7 +115,7 @@ def test_prompts_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     "given,words",
     [
-        ({}, "no prompt"),
+        ({}, "no prompt.* --prompts"),
         ({"points": ["1"]}, "expected X,Y"),
         ({"points": ["1,2,3,4"]}, "expected X,Y"),
         ({"points": ["a,b"]}, "expected X,Y"),
@@ -158,7 +158,8 @@ def test_bad_prompts_are_refused(given, words):
         ('[{"points": [[1, 2]], "labels": [1, 0]}]', "2 labels"),
         ('[{"points": [[1, 2]], "labels": ["a"]}]', "label"),
         ('[{"points": [[1, 2]], "frame": "a"}]', "whole numbers"),
-        ('[{"points": 3}]', "entry 0"),
+        ('[{"points": 3}]', "entry 0: points must be a list, got 3"),
+        ('[{"points": [], "labels": null}]', "entry 0: labels must be a list, got None"),
         ('[{"box": [1, 2, 3]}]', "4 finite numbers"),
         ('[{"box": null}]', "4 finite numbers"),
         ('[{"mask": 3}]', "entry 0"),

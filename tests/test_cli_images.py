@@ -57,10 +57,9 @@ def test_segment(command, checkpoint, photo):
 
 
 def test_what_segment_refuses(command, checkpoint, photo):
-
     for given, message in (
         (["--point", "1,2"], "nothing to write"),
-        (["--out", "out.png"], "no prompt"),
+        (["--out", "out.png"], "with --point or --box."),
         (["--point", "1,2:3", "--out", "out.png"], "no frame 3"),
         (["--point", "1,2", "--out", photo], "is the input"),
         (["--point", "1,2", "--out", "out.mp4"], ".png"),
@@ -73,6 +72,9 @@ def test_what_segment_refuses(command, checkpoint, photo):
     )
     assert result.exit_code == 2 and "not an image" in result.output
     assert os.listdir() == []
+    given = ("--checkpoint", checkpoint, "--point", "1,2", "--out", photo)
+    result = command("segment", "missing.png", *given)
+    assert result.exit_code == 2 and "there is no file missing.png" in result.output
 
 
 def test_auto(command, checkpoint, tmp_path):

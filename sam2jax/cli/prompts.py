@@ -100,8 +100,16 @@ def read_prompts(
     boxes: Iterable[str] = (),
     masks: Iterable[str] = (),
     file: pathlib.Path | None = None,
+    options: str = "--point, --box, --mask or --prompts",
 ) -> PromptTable:
     """Reads what was typed, and what a file of prompts says.
+
+    Args:
+        points: as `POINT` says.
+        boxes: as `BOX` says.
+        masks: as `MASK` says.
+        file: of prompts, in JSON.
+        options: those that the command has, to be named where none is given.
 
     Raises:
         ValueError: something cannot be understood, contradicts itself, or there is no prompt.
@@ -122,7 +130,7 @@ def read_prompts(
     if file is not None:
         _read_file(table, file)
     if not table.frames:
-        raise ValueError("there is no prompt: say what to track with --point, --box or --mask.")
+        raise ValueError(f"there is no prompt: say where the objects are with {options}.")
     return table
 
 
@@ -246,8 +254,8 @@ def _add_entry(table: PromptTable, entry: Any, folder: pathlib.Path) -> None:
     object_id, frame = entry.get("object", 1), entry.get("frame", 0)
     if not all(isinstance(value, int) for value in (object_id, frame)):
         raise ValueError("object and frame must be whole numbers.")
-    points = entry.get("points", [])
-    labels = entry.get("labels", [1] * len(points))
+    points = _listed(entry, "points", [])
+    labels = _listed(entry, "labels", [1] * len(points))
     if len(labels) != len(points):
         raise ValueError(f"{len(points)} points have {len(labels)} labels; give one for each.")
     if not points and "box" not in entry and "mask" not in entry:
@@ -258,6 +266,13 @@ def _add_entry(table: PromptTable, entry: Any, folder: pathlib.Path) -> None:
         table.add_box(_finite(entry["box"], 4, "a box"), object_id, frame)
     if "mask" in entry:
         table.add_mask(folder / entry["mask"], object_id, frame)
+
+
+def _listed(entry: Any, key: str, default: list[Any]) -> list[Any]:
+    values = entry.get(key, default)
+    if not isinstance(values, list):
+        raise ValueError(f"{key} must be a list, got {values!r}.")
+    return values
 
 
 def _finite(values: Any, length: int, what: str) -> list[float]:

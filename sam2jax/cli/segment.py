@@ -53,17 +53,17 @@ def segment(
         --point 250,220,0 --box 320,90,500,400@2 --out cups_masks.png
     """
     with errors_told():
-        table = read_prompts(point or (), box or ())
+        table = read_prompts(point or (), box or (), options="--point or --box")
         if set(table.frames) != {0}:
             raise ValueError(f"an image has no frame {max(table.frames)}; leave the frame out.")
         if out is None and masks is None:
             raise ValueError("there is nothing to write: say where with --out or --masks.")
-        if out is not None and out.exists() and out.samefile(image):
-            raise ValueError(f"{out} is the input; give --out another name.")
         from sam2jax.io.images import read_image
         from sam2jax.predictors.image import SAM2ImagePredictor
 
         picture = read_image(image)
+        if out is not None and out.exists() and out.samefile(image):
+            raise ValueError(f"{out} is the input; give --out another name.")
         predictor = SAM2ImagePredictor(load_model(checkpoint, image_size, dtype))
         predictor.set_image(picture)
         found = _segment(predictor, table)
