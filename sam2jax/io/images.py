@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sam2jax.io.files import atomic_path
+from sam2jax.io.files import PathLike, atomic_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-PathLike = str | os.PathLike[str]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 # What a file may be, whatever its name. Pillow knows others, some of which run programs.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pathlib
 import zipfile
 from collections.abc import Sequence
@@ -16,9 +15,8 @@ from typing import Any, Self, TypeAlias
 
 import numpy as np
 
-from sam2jax.io.files import atomic_dir, atomic_path
-
-PathLike = str | os.PathLike[str]
+from sam2jax.io.files import PathLike, atomic_dir, atomic_path
+from sam2jax.io.runs import encode_coco
 
 
 class _FolderWriter:
@@ -125,7 +123,7 @@ class RunLengthWriter(_FileWriter):
         from pycocotools import mask as coco
 
         _check(object_ids, masks)
-        runs = _run_lengths(masks)
+        runs: Any = [encode_coco(mask) for mask in masks]
         areas: Any = coco.area(runs)
         boxes: Any = coco.toBbox(runs)
         for object_id, run, area, box in zip(object_ids, runs, areas, boxes, strict=True):
@@ -166,7 +164,8 @@ class MaskletWriter(_FileWriter):
         for object_id, mask in zip(object_ids, masks, strict=True):
             frames = self._seen.setdefault(object_id, [])
             frames += [index] * bool(mask.any())
-        for row in [*[None] * (index - self._count), _run_lengths(masks)]:
+        runs = [encode_coco(mask) for mask in masks]
+        for row in [*[None] * (index - self._count), runs]:
             self._file.write((",\n" if self._count else "\n") + json.dumps(row))
             self._count += 1
 
@@ -255,15 +254,6 @@ def davis_palette() -> bytes:
             if 3 * (7 - bit) + channel < 8:
                 colors[:, channel] |= ((ids >> (3 * (7 - bit) + channel)) & 1) << bit
     return colors.tobytes()
-
-
-def _run_lengths(masks: np.ndarray) -> Any:
-    """Of masks bool [N, H, W]: compressed, as pycocotools reads them."""
-    from pycocotools import mask as coco
-
-    # pycocotools reads columns first, all objects at once along the last axis.
-    runs: Any = coco.encode(np.asfortranarray(np.moveaxis(masks, 0, -1).astype(np.uint8)))
-    return [{"size": run["size"], "counts": run["counts"].decode("ascii")} for run in runs]
 
 
 def _check_same(before: list[int], object_ids: Sequence[int]) -> list[int]:

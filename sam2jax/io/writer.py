@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pathlib
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from sam2jax.io.files import atomic_path
-
-PathLike = str | os.PathLike[str]
+from sam2jax.io.files import PathLike, atomic_path
 
 FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 
