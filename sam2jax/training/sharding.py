@@ -12,11 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 DATA, SHARDS = "data", "shards"  # axes: of copies of the parameters, and of the parts of one
 
-# What is split, by name; the first that matches. All else is copied.
-RULES: tuple[tuple[str, bool], ...] = (
-    (r"(kernel|lora_a|lora_b)'?\]?$", True),
-    (r"", False),
-)
+_SPLIT = re.compile(r"(kernel|lora_a|lora_b)'?\]?$")  # names of what is split; all else is copied
 
 
 def make_mesh(shards: int = 1, devices: Any = None) -> Mesh:
@@ -38,11 +34,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
-    """A sharding for each leaf of a training state, from `RULES` and its name and shape."""
+    """A sharding for each leaf of a training state, by its name and shape."""
 
     def place(path: Any, leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path)
-        split = next(split for rule, split in RULES if re.search(rule, name))
+        split = _SPLIT.search(jax.tree_util.keystr(path))
         return NamedSharding(mesh, _largest_axis(mesh, leaf.shape) if split else P())
 
     return jax.tree_util.tree_map_with_path(place, tree)
