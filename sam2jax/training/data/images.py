@@ -60,14 +60,15 @@ class ImagesReader:
         require_folder(source.images)
         self._source = source
         masks = pathlib.Path(source.masks)
+        wanted = None
+        if source.file_list is not None:
+            wanted = set(list_names(source.images, source.file_list))
         if masks.is_dir():
-            wanted = None if source.file_list is None else _listed(source)
             paths = [p for p in list_frames(source.images) if wanted is None or p.stem in wanted]
             self._entries = [(path, masks / f"{path.stem}.json") for path in paths]
             self._annotations: dict[pathlib.Path, list[Any]] | None = None
         else:
             self._annotations = _instances(masks, pathlib.Path(source.images))
-            wanted = None if source.file_list is None else _listed(source)
             paths = [p for p in self._annotations if wanted is None or p.stem in wanted]
             self._entries = [(path, masks) for path in paths]
         if not self._entries:
@@ -88,10 +89,6 @@ class ImagesReader:
         image = AnnotatedImage(open_image(path), annotations, str(masks), self._source.max_area)
         clip = sample_clip(image, rng, 1, max_objects)
         return RawClip(list(clip.frames) * num_frames, np.repeat(clip.masks, num_frames, axis=0))
-
-
-def _listed(source: ImagesSource) -> set[str]:
-    return set(list_names(source.images, source.file_list))
 
 
 def _instances(path: pathlib.Path, folder: pathlib.Path) -> dict[pathlib.Path, list[Any]]:
