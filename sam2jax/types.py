@@ -19,6 +19,7 @@ ArrayLike = Any  # array, list or scalar that NumPy understands
 
 EMPTY = -1  # frame index of a memory slot that holds nothing
 NO_OBJ_SCORE = -1024.0  # mask logit of an absent object (official `NO_OBJ_SCORE`)
+MAX_FED_BACK_LOGIT = 32.0  # of earlier answers beside clicks, as the official predictors have it
 
 # Prompts.kind
 NONE = 0  # no prompt: the object is tracked
@@ -115,9 +116,7 @@ class Prompts(Tree):
     """
 
     points: Array  # [N, P, 2] float32
-    labels: (
-        Array  # [N, P] int32: 1 foreground, 0 background, 2 and 3 a box's corners, -1 not a point
-    )
+    labels: Array  # [N, P] int32: 1 and 0 clicks, 2 and 3 a box's corners, -1 not a point
     num_points: Array  # [N] int32
     kind: Array  # [N] int32: NONE, CONDITIONING or REFINEMENT
     mask: Array | None = None  # [N, h, w] float32 in [0, 1]: a mask prompt, used as the answer
@@ -175,7 +174,7 @@ class Prompts(Tree):
             )
         count = next(iter(lengths.values()))
         rows = [
-            point_rows(i, *(c[i] if c is not None else None for c in columns.values()))
+            point_rows(f"object {i}", *(c[i] if c is not None else None for c in columns.values()))
             for i in range(count)
         ]
         longest = max(max(len(row_labels) for _, row_labels in rows), 1)
@@ -263,37 +262,38 @@ def _pad(prompts: Prompts, count: int, width: int) -> Prompts:
     return prompts.replace(**padded)
 
 
-def point_rows(index: int, points: Any, labels: Any, box: Any, mask: Any):
-    """One object's points and labels, checked, a box's corners first: [P, 2], [P] in NumPy."""
+def point_rows(owner: str, points: Any, labels: Any, box: Any, mask: Any):
+    """One object's points and labels, checked, a box's corners first: [P, 2], [P] in NumPy.
+
+    `owner` names the object, as in "object 3".
+    """
     if labels is not None and points is None:
-        raise ValueError(f"Object {index} has labels but no points.")
+        raise ValueError(f"There are labels but no points of {owner}.")
     if mask is not None and (points is not None or box is not None):
-        raise ValueError(f"Object {index} has both a mask and points or a box; give one of them.")
+        raise ValueError(f"Give a mask of {owner}, or points and a box, not both.")
     rows, kinds = np.zeros((0, 2), np.float32), np.zeros(0, np.int32)
     if points is not None:
         rows = np.asarray(points, np.float32)
         if rows.ndim != 2 or rows.shape[1] != 2:
-            raise ValueError(f"Points of object {index} must be [P, 2] (x, y), got {rows.shape}.")
+            raise ValueError(f"Points of {owner} must be [P, 2] (x, y), got {rows.shape}.")
         kinds = np.ones(len(rows), np.int32) if labels is None else np.asarray(labels)
         if kinds.shape != (len(rows),):
             raise ValueError(
-                f"Object {index} has {len(rows)} points, but labels of shape {kinds.shape}."
+                f"There are {len(rows)} points of {owner}, but labels of shape {kinds.shape}."
             )
         if not np.isin(kinds, (-1, 0, 1, 2, 3)).all():
             raise ValueError(
-                f"Labels of object {index} must be 1 (foreground), 0 (background), 2 and 3 (box "
+                f"Labels of {owner} must be 1 (foreground), 0 (background), 2 and 3 (box "
                 f"corners) or -1, got {sorted(set(kinds.tolist()))}."
             )
     if box is not None:
         corners = np.asarray(box, np.float32)
         if corners.size != 4:
-            raise ValueError(f"Box of object {index} must be (x0, y0, x1, y1), got {box!r}.")
+            raise ValueError(f"Box of {owner} must be (x0, y0, x1, y1), got {box!r}.")
         rows = np.concatenate([corners.reshape(2, 2), rows])
         kinds = np.concatenate([np.array([2, 3]), kinds])
     if not np.isfinite(rows).all():
-        raise ValueError(
-            f"Prompt coordinates of object {index} must be finite, got {rows.tolist()}."
-        )
+        raise ValueError(f"Prompt coordinates of {owner} must be finite, got {rows.tolist()}.")
     return rows, kinds.astype(np.int32)
 
 

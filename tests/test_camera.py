@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 import sam2jax
+from sam2jax import memory
 from sam2jax.config import VARIANTS
 from sam2jax.predictors import build as build_module
-from sam2jax.predictors import session
+from sam2jax.predictors import propagation, session
 from sam2jax.testing import random_params, small_config
 
 CONFIG = small_config(image_size=64)
@@ -93,6 +94,29 @@ def test_a_stream_answers_as_the_offline_tracker(camera, predictor):
     )
     run(19, 23)
     chex.assert_trees_all_equal(camera.scores(), predictor.scores(offline.state, 23))
+
+
+def test_a_stream_keeps_its_tracker_between_prompts(params, monkeypatch):
+    """A policy's own state is more than what frames leave behind, from which it is built anew."""
+    built, build_state = [], propagation.build_state
+
+    def build(*given):
+        built.append(given[4])
+        return build_state(*given)
+
+    monkeypatch.setattr(propagation, "build_state", build)
+    policy = memory.sam2long(lineages=2, certainty=1e3, online=True)
+    frames, click = clip(16), {"points": [[30, 18]], "labels": [1]}
+    camera = sam2jax.SAM2CameraPredictor(MODEL, params, policy=policy)
+    camera.load_first_frame(frames[0])
+    camera.add_new_prompt(0, 1, **click)
+    found = [camera.track(frame)[1] for frame in frames[1:]]
+    assert built == [1]
+    predictor = sam2jax.SAM2VideoPredictor(MODEL, params, policy=policy)
+    state = predictor.init_state(frames)
+    predictor.add_new_points_or_box(state, 0, 1, **click)
+    expected = [masks for _, _, masks in predictor.propagate_in_video(state)][1:]
+    np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def test_memory_of_a_stream_is_constant(camera):

@@ -65,6 +65,8 @@ def test_batches_equal_single_images_and_nothing_is_stale(predictor):
     points = [[[30, 18]], [[10, 20], [30, 30]], [[5, 5]]]
     labels = [[1], [1, 0], [1]]
     predictor.set_image_batch(images)
+    boxes = np.array([[5, 5, 30, 30]] * 3)
+    assert [x.shape[0] for x in predictor.predict_batch(box_batch=boxes)[0]] == [3] * 3
     masks, ious, logits = predictor.predict_batch(points, labels, return_logits=True)
     for index, image in enumerate(images):
         predictor.set_image(image)

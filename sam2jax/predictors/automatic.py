@@ -19,6 +19,7 @@ from sam2jax.predictors.options import load_with
 from sam2jax.predictors.regions import clean_masks, filled, kept_boxes
 from sam2jax.segmentation.generate import Canvas, measure_masks, propose_masks
 from sam2jax.segmentation.image import encode_image
+from sam2jax.types import MAX_FED_BACK_LOGIT
 
 OutputMode = Literal["binary_mask", "uncompressed_rle", "coco_rle"]
 
@@ -125,6 +126,8 @@ class SAM2AutomaticMaskGenerator:
                 "output_mode must be binary_mask, uncompressed_rle or coco_rle, got "
                 f"{output_mode!r}."
             )
+        if points_per_batch < 1:
+            raise ValueError(f"points_per_batch must be at least 1, got {points_per_batch}.")
         self.points_per_batch = points_per_batch
         self.pred_iou_thresh = pred_iou_thresh
         self.stability_score_thresh = stability_score_thresh
@@ -235,8 +238,9 @@ class SAM2AutomaticMaskGenerator:
         better = []
         for start in range(0, len(points), full):
             part = slice(start, start + full)
-            # What is fed back is what the image predictor hands out: within +-32.
-            earlier = filled(np.clip(logits[part], -32.0, 32.0), full)
+            # What is fed back is what the image predictor hands out.
+            fed_back = np.clip(logits[part], -MAX_FED_BACK_LOGIT, MAX_FED_BACK_LOGIT)
+            earlier = filled(fed_back, full)
             found = propose(filled(points[part], full), earlier, False)
             better.append([np.asarray(x)[: len(points[part])] for x in found])
         logits, ious = (np.concatenate(column) for column in zip(*better, strict=True))

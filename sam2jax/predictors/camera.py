@@ -147,6 +147,7 @@ class SAM2CameraPredictor:
                 self._predictor.params,
                 self._predictor.policy,
                 state,
+                frames_at_once=1,
                 reverse=False,
             )
         answer = self._run.advance([state.video.index])[0]

@@ -17,13 +17,20 @@ from sam2jax.ops.resize import preprocess_image, resize_masks
 from sam2jax.predictors.inputs import check_image
 from sam2jax.predictors.options import load_with
 from sam2jax.segmentation.image import decode_masks, encode_image
-from sam2jax.types import Array, ImageFeatures, MaskPrediction, Prompts, point_rows, power_of_two
+from sam2jax.types import (
+    MAX_FED_BACK_LOGIT,
+    Array,
+    ImageFeatures,
+    MaskPrediction,
+    Prompts,
+    point_rows,
+    power_of_two,
+)
 
 IMAGE_OPTIONS = ("mask_threshold", "max_hole_area", "max_sprinkle_area")
 MOST_AT_ONCE = 16  # prompts that are decoded as one batch, whose memory grows with them
 POINTS = 4  # that programs are compiled for at first; beyond them, powers of two
 Answer = tuple[np.ndarray, np.ndarray, np.ndarray]  # masks, predicted IoUs, logits
-MAX_LOGIT = 32.0  # of what is handed out to be fed back
 
 
 class SAM2ImagePredictor:
@@ -140,17 +147,22 @@ class SAM2ImagePredictor:
     ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
         """`predict` on every image of `set_image_batch`, decoded as one program.
 
-        Each argument is a list with an entry per image, and so is each result.
+        Each argument is a list or an array with an entry per image, and each result a list.
+
+        Raises:
+          RuntimeError: there are no images.
+          ValueError: a prompt is not one, or there are not as many as images.
         """
         features = self._require(batch=True)
         count = len(self._sizes)
-        columns = [point_coords_batch, point_labels_batch, box_batch, mask_input_batch]
+        given = (point_coords_batch, point_labels_batch, box_batch, mask_input_batch)
+        columns = [[None] * count if column is None else column for column in given]
         for column in columns:
-            if column is not None and len(column) != count:
+            if len(column) != count:
                 raise ValueError(f"There are {count} images, but prompts for {len(column)}.")
         rows = [
-            self._prompts([c and c[i] for c in columns], normalize_coords, self._sizes[i])
-            for i in range(count)
+            self._prompts(prompts, normalize_coords, size)
+            for *prompts, size in zip(*columns, self._sizes, strict=True)
         ]
         objects = power_of_two(max(row.num_objects for row in rows))
         width = max(row.labels.shape[1] for row in rows)
@@ -219,7 +231,7 @@ class SAM2ImagePredictor:
             return parts[name][i] if name in parts else None
 
         rows = [
-            point_rows(i, part("points", i), part("labels", i), part("boxes", i), None)
+            point_rows(f"object {i}", part("points", i), part("labels", i), part("boxes", i), None)
             for i in range(count)
         ]
         shape = (count, self.config.mask_size, self.config.mask_size)
@@ -247,7 +259,8 @@ class SAM2ImagePredictor:
         full = np.empty((*found.ious.shape, *size), np.float32)
         for place, masks in enumerate(found.masks):  # one by one, since these are large
             full[place] = _at_image_size(masks, np.float32(self.mask_threshold), *options)
-        answer = full, np.asarray(found.ious), np.clip(found.masks, -MAX_LOGIT, MAX_LOGIT)
+        logits = np.clip(found.masks, -MAX_FED_BACK_LOGIT, MAX_FED_BACK_LOGIT)
+        answer = full, np.asarray(found.ious), logits
         return answer if len(full) > 1 else (full[0], answer[1][0], answer[2][0])
 
 

@@ -36,7 +36,7 @@ def check_mask(mask: Any) -> np.ndarray:
     return mask != 0  # Pillow's bilevel pictures are bools of 255, which XLA would add up as such
 
 
-def check_points(points: Any, labels: Any, box: Any, clear_old_points: bool):
+def check_points(owner: str, points: Any, labels: Any, box: Any, clear_old_points: bool):
     """Points and labels with a box's corners in front: [P, 2] float32, [P] int32."""
     if (points is None) != (labels is None):
         raise ValueError("points and labels must be given together.")
@@ -53,7 +53,7 @@ def check_points(points: Any, labels: Any, box: Any, clear_old_points: bool):
         kinds = np.asarray(labels)
         rows = rows[0] if rows.ndim == 3 and len(rows) == 1 else rows
         kinds = kinds[0] if kinds.ndim == 2 and len(kinds) == 1 else kinds
-    rows, kinds = point_rows(0, rows, kinds, box, None)
+    rows, kinds = point_rows(owner, rows, kinds, box, None)
     if not len(kinds):
         raise ValueError("Give points, a box, or both: the list of points is empty.")
     return rows, kinds

@@ -51,6 +51,7 @@ class Propagation:
         params: Any,
         policy: MemoryPolicy,
         state: InferenceState,
+        frames_at_once: int,
         *,
         reverse: bool,
     ) -> None:
@@ -61,7 +62,7 @@ class Propagation:
         self._capacity = power_of_two(max(OBJECTS, len(self._histories)))
         self._tracker: TrackState | None = None
         self._version = state.version
-        self._chunk = frames_at_once()
+        self._chunk = frames_at_once
         self._carries = carries(model.config, policy)
 
     def run(self, start: int, stop: int | None) -> Iterator[FrameAnswer]:

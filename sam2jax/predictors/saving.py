@@ -207,8 +207,8 @@ def _unpack(arrays: Arrays, config: SAM2Config, *, on_device: bool) -> ObjectHis
         kind, _, rest = name.partition("/")
         if kind == "points":
             labels = arrays[f"labels/{rest}"]
-            rows = point_rows(0, _like(value, np.float32, (len(labels), 2)), labels, None, None)
-            history.points[_frame(rest)] = rows
+            points = _like(value, np.float32, (len(labels), 2))
+            history.points[_frame(rest)] = point_rows("an object", points, labels, None, None)
         elif kind == "masks":
             history.masks[_frame(rest)] = check_mask(_like(value, np.bool_, value.shape))
     for name in RECORDS:

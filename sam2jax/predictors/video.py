@@ -23,7 +23,7 @@ from sam2jax.predictors.inputs import check_mask, check_points
 from sam2jax.predictors.options import load_with
 from sam2jax.predictors.programs import Record
 from sam2jax.predictors.prompting import NO_POINTS, answer
-from sam2jax.predictors.propagation import Propagation
+from sam2jax.predictors.propagation import Propagation, frames_at_once
 from sam2jax.predictors.session import History, InferenceState, ObjectHistory
 from sam2jax.tracking.state import require_memory
 
@@ -175,7 +175,7 @@ class SAM2VideoPredictor:
           RuntimeError: the frame was tracked, but the object has no conditioning frame any more.
         """
         state, frame, history = self._look_up(inference_state, frame_idx, obj_id)
-        points, labels = check_points(points, labels, box, clear_old_points)
+        points, labels = check_points(f"object {obj_id!r}", points, labels, box, clear_old_points)
         scale = np.array([self.image_size, self.image_size], np.float32)
         if normalize_coords:
             scale /= np.array([state.video_width, state.video_height], np.float32)
@@ -240,13 +240,16 @@ class SAM2VideoPredictor:
         if max_frame_num_to_track is not None:
             max_frame_num_to_track = operator.index(max_frame_num_to_track)
         self.settle(state)
+        state.version += 1  # a loop that was left open notices
         start = start_frame_idx
         if start is None:
             start = min(frame for history in state.objects.values() for frame in history.cond)
         if reverse and start == 0:
             return
         stop = _stop(start, max_frame_num_to_track, reverse)
-        run = Propagation(self.model, self.params, self.policy, state, reverse=reverse)
+        run = Propagation(
+            *(self.model, self.params, self.policy, state, frames_at_once()), reverse=reverse
+        )
         for frame, _, masks in run.run(start, stop):
             self._clear_around_prompts(state, frame)
             yield frame, run.obj_ids, self.video_masks(masks)
@@ -404,8 +407,9 @@ class SAM2VideoPredictor:
             if not history.is_prompted:
                 raise RuntimeError(f"Object {obj_id!r} has no prompt: add one, or remove it.")
         for history in state.objects.values():
-            history.settle(self._clear_reach)
-        state.version += 1
+            if history.pending_cond or history.pending_recent:
+                history.settle(self._clear_reach)
+                state.version += 1
 
     def _clear_around_prompts(self, state: InferenceState, frame: int) -> None:
         if self._clear_reach is None:

@@ -158,7 +158,7 @@ def generate_masks(
     Raises:
       ValueError: the points do not fill whole batches.
     """
-    if points.shape[0] % points_per_batch:
+    if points_per_batch < 1 or points.shape[0] % points_per_batch:
         raise ValueError(
             f"Expected a multiple of points_per_batch={points_per_batch} points, got "
             f"{points.shape[0]}."
