@@ -271,6 +271,31 @@ def test_what_the_scripts_make_happen():
     assert (followed["index"] != plainly["index"]).sum() > 5
 
 
+def test_a_promotion_is_of_one_frame_alone():
+    """What was judged of a frame does not promote another, which is passed over or lies ahead."""
+    policy = memory.dam4sam()
+    bank = memory.empty(CONFIG, 1, policy.room)
+    carried = policy.init(CONFIG, policy.settings, bank).replace(promote=jnp.bool_(True))
+    record = FrameMemory(
+        frame=jnp.int32(7),
+        spatial=jnp.ones_like(bank.cond_spatial[0]),
+        pointer=jnp.ones_like(bank.cond_pointer[0]),
+        iou=jnp.float32(1),
+        object_score=jnp.float32(1),
+    )
+    no = jnp.bool_(False)
+    now = Now(jnp.int32(7), jnp.int32(1), jnp.int32(STREAM), no, recent=no, multimask=no)
+    kept, _ = policy.write(CONFIG, policy.settings, bank, carried, record, now)
+    jax.tree.map(np.testing.assert_array_equal, kept, bank)
+    ahead = now.replace(conditioning=jnp.bool_(True))
+    kept, carried = policy.write(CONFIG, policy.settings, bank, carried, record, ahead)
+    assert int(carried.promoted_at) == EMPTY and int(carried.start) == 7
+    kept, carried = policy.write(
+        CONFIG, policy.settings, bank, carried, record, now.replace(recent=jnp.bool_(True))
+    )
+    assert int(carried.promoted_at) == 7 and (np.asarray(kept.cond_frame) == 7).any()
+
+
 def test_settings_are_traced():
     """One program for all values, alone and vmapped."""
     script = write_script(1, 1, 0)

@@ -29,21 +29,21 @@ class Now(Tree):
     num_frames: Array  # [] int32, length of the clip (16 for a stream)
     conditioning: Array  # [] bool, the user prompts it, and it is answered without memory
     recent: Array  # [] bool, there is memory: it is tracked, or a tracked one is corrected
-    multimask: Array  # [] bool, one of the three alternatives is taken, not the single mask
+    multimask: Array  # [] bool, one of the M alternatives is taken, not the single mask
 
 
 class Choice(Tree):
     """What is taken of the decoder's masks, for an object of P lineages."""
 
     parent: Array  # [P] int32, the lineage that each goes on from
-    best: Array  # [P] int32, of that lineage's alternatives, 0 to 2
+    best: Array  # [P] int32, of that lineage's M alternatives
     present: Array  # [P] bool, whether that lineage's object is in sight
 
 
 class Seen(Tree):
     """The answer on a frame, for one object."""
 
-    alternatives: Array  # [3, S/4, S/4] logits
+    alternatives: Array  # [M, S/4, S/4] logits
     chosen: Array  # [] int32, which of them was taken; it counts where there is a choice
     mask: Array  # [S/4, S/4] logits of the answer, before holes are filled
     iou: Array  # [] predicted, of the answer

@@ -147,10 +147,11 @@ def remember(
     )
     # An answer without a pixel is no motion to follow.
     iou = jnp.where(jnp.any(record.masks > 0), memory.iou, 0.0)
+    count = 1 + config.mask_decoder.num_multimask_outputs
     candidates = MaskCandidates(
-        masks=jnp.broadcast_to(record.masks, (4, *record.masks.shape)),
-        ious=jnp.broadcast_to(iou, 4),
-        tokens=jnp.zeros((4, config.hidden_dim)),
+        masks=jnp.broadcast_to(record.masks, (count, *record.masks.shape)),
+        ious=jnp.broadcast_to(iou, count),
+        tokens=jnp.zeros((count, config.hidden_dim)),
         object_score=memory.object_score,
     )
     carried, of_each = jax.tree.map(

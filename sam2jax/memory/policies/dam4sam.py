@@ -14,6 +14,7 @@ from sam2jax.memory.bank import (
     Room,
     Selected,
     first_prompted,
+    gather,
     put,
     put_cond,
     put_recent,
@@ -115,7 +116,9 @@ def _read(
     longest = official.longest_distance(config, passed + 1)
     spatial = _select_spatial(config, settings, bank, carried, resolving, now)
     pointers = _select_pointers(bank, carried, resolving, longest, now)
-    return official.gather_selected(config, bank, spatial, pointers, longest)
+    num_spatial = max(config.num_maskmem, settings.most)
+    num_pointers = settings.most + config.num_recent_pointers
+    return gather(bank, spatial, num_spatial, pointers, num_pointers, longest)
 
 
 def _resolving(settings: Settings, bank: MemoryBank, carried: Carried, now: Now) -> Array:
@@ -245,7 +248,8 @@ def _write(
     memory: FrameMemory,
     now: Now,
 ) -> tuple[MemoryBank, Carried]:
-    kept = now.conditioning | carried.promote
+    promote = carried.promote & now.recent  # what was judged of a frame is of that frame alone
+    kept = now.conditioning | promote
     recent = now.recent & carried.visible & ~kept & ~jnp.any(bank.cond_frame == memory.frame)
     age = (now.frame - bank.cond_frame) * now.direction
     pinned = bank.cond_frame == carried.start
@@ -257,7 +261,7 @@ def _write(
     pointer = slot_for(bank.pointer_frame, memory.frame, -distance) & recent
     return put_recent(bank, spatial, pointer, memory), carried.replace(
         start=first_prompted(carried.start, memory.frame, now.direction, now.conditioning),
-        promoted_at=jnp.where(carried.promote, memory.frame, carried.promoted_at),
+        promoted_at=jnp.where(promote, memory.frame, carried.promoted_at),
         cond_visible=put(cond, carried.cond_visible, carried.visible),
     )
 

@@ -12,6 +12,7 @@ from sam2jax.memory.policies import kalman, ranked
 from sam2jax.memory.policies.kalman import Motion
 from sam2jax.memory.policies.ranked import Accepted
 from sam2jax.memory.policy import Choice, MemoryPolicy, Now, no_judgement
+from sam2jax.ops.boxes import mask_boxes
 from sam2jax.ops.resize import resize_masks
 from sam2jax.tree import Tree
 from sam2jax.types import Array, FrameMemory, MaskCandidates, MemoryRead
@@ -115,7 +116,7 @@ def _follow(
 ) -> tuple[Array, Carried]:
     """The alternative [] that is taken, and the motion with its box."""
     size = (config.image_size, config.image_size)
-    boxes = _boxes(resize_masks(masks, size) > 0)
+    boxes = mask_boxes(resize_masks(masks, size) > 0).astype(jnp.float32)
     before, expected = carried.motion, kalman.predict(carried.motion)
     motion_iou = kalman.box_iou(kalman.box_of(expected), boxes)
     is_new, is_stable = carried.stable == 0, carried.stable >= settings.stable_frames
@@ -136,19 +137,6 @@ def _follow(
         stable=jnp.where(now.multimask, stable, carried.stable),
         score=jnp.where(now.multimask & is_stable, motion_iou[best], _NO_SCORE),
     )
-
-
-def _boxes(masks: Array) -> Array:
-    """(x0, y0, x1, y1) of the first and last pixels of masks [K, S, S] bool, 0 where empty."""
-
-    def span(inside: Array) -> tuple[Array, Array]:
-        size = inside.shape[-1]
-        last = size - 1 - jnp.argmax(inside[:, ::-1], axis=-1)
-        return jnp.argmax(inside, axis=-1), jnp.where(jnp.any(inside, axis=-1), last, 0)
-
-    left, right = span(jnp.any(masks, axis=1))
-    top, bottom = span(jnp.any(masks, axis=2))
-    return jnp.stack([left, top, right, bottom], axis=-1).astype(jnp.float32)
 
 
 def _write(
