@@ -31,7 +31,7 @@ FORMAT, VERSION = "sam2jax-programs", 1
 PLATFORMS = ("cpu", "cuda", "tpu")
 METADATA, WEIGHTS = "metadata.json", "weights.npz"
 
-Tree = Mapping[str, Any]  # flat: paths with slashes, to arrays
+FlatTree = Mapping[str, Any]  # paths with slashes, to arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ def export_programs(
             "platforms": list(platforms),
             "weights": "inside" if embed else WEIGHTS,
             "sizes": dataclasses.asdict(sizes),
-            "model": dataclasses.asdict(model.config),
+            "model": model.config.to_dict(),
             "parameters": _describe(weights),
             "programs": described,
         }
@@ -132,26 +132,26 @@ def _programs(
         "labels": jax.ShapeDtypeStruct(shape, jnp.int32),
     }
 
-    def track_clip(params: Any, frames: Array, points: Array, labels: Array) -> Tree:
+    def track_clip(params: Any, frames: Array, points: Array, labels: Array) -> FlatTree:
         state = init_state(model, sizes.num_objects, max_cond_frames=1)
         state = state.replace(num_frames=jnp.asarray(frames.shape[0], jnp.int32))
         _, out = track(model, params, frames, _prompts(points, labels), state)
         return to_tree(out)
 
-    def step_once(params: Any, state: Tree, frame: Array, points: Array, labels: Array):
+    def step_once(params: Any, state: FlatTree, frame: Array, points: Array, labels: Array):
         held = from_tree(first, state)
         held, out = step(model, params, held, frame, _prompts(points, labels))
         return to_tree(held), to_tree(out)
 
-    def encode(params: Any, image: Array) -> Tree:
+    def encode(params: Any, image: Array) -> FlatTree:
         return to_tree(encode_image(model, params, image[None]))
 
-    def decode(params: Any, features: Tree, points: Array, labels: Array) -> Tree:
+    def decode(params: Any, features: FlatTree, points: Array, labels: Array) -> FlatTree:
         given = ImageFeatures(**features)
         found = decode_masks(model, params, given, _prompts(points, labels), size=sizes.frame)
         return to_tree(found)
 
-    def start() -> Tree:
+    def start() -> FlatTree:
         return to_tree(init_state(model, sizes.num_objects))
 
     features = jax.eval_shape(encode, param_shapes(model.config), frame)
@@ -170,7 +170,7 @@ def _shapes(tree: Any) -> Any:
 
 def _export(
     program: Callable,
-    weights: Tree | None,
+    weights: FlatTree | None,
     given: tuple[Any, ...],
     platforms: Sequence[str],
     embed: bool,
@@ -179,7 +179,7 @@ def _export(
     if weights is None:
         return jax_export.export(jax.jit(program), platforms=platforms)(*given)
 
-    def with_weights(weights: Tree, *given: Any):
+    def with_weights(weights: FlatTree, *given: Any):
         return program(unflatten_dict(dict(weights), sep="/"), *given)
 
     if embed:
@@ -200,7 +200,7 @@ def to_tree(value: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
 
-def from_tree(like: Any, tree: Tree) -> Any:
+def from_tree(like: Any, tree: FlatTree) -> Any:
     """The opposite of `to_tree`, for a value of the same structure."""
     return jax.tree.unflatten(jax.tree.structure(like), [tree[name] for name in to_tree(like)])
 

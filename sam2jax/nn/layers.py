@@ -109,11 +109,7 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self) -> tuple[Array, Array]:
-        kernel = self.param(
-            "kernel",
-            nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-            (self.in_features, self.features),
-        )
+        kernel = self.param("kernel", kernel_init, (self.in_features, self.features))
         return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
 
 

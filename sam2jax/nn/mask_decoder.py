@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -63,6 +65,7 @@ class ImageAttention(nn.Module):
     inner: int
     num_heads: int
     dtype: jnp.dtype
+    kernels: bool
 
     def setup(self) -> None:
         self.q_proj = Projection(self.features, self.inner)
@@ -93,6 +96,7 @@ class ImageAttention(nn.Module):
             keys.astype(self.dtype),
             values.astype(self.dtype),
             scale=self._scale,
+            kernel=self.kernels,
         )
         pooled = pooled.reshape(count, self.num_heads, length, self.features)
         out = einsum("nhtc,chd->nthd", pooled.astype(jnp.float32), self._kernel(self.v_proj))
@@ -137,11 +141,12 @@ class TwoWayAttentionBlock(nn.Module):
         heads = decoder.num_heads
         self.self_attn = Attention(width, width, heads, dtype)
         self.norm1 = LayerNorm(1e-5)
-        self.cross_attn_token_to_image = ImageAttention(width, narrow, heads, dtype)
+        image_attention = partial(ImageAttention, width, narrow, heads, dtype, self.config.kernels)
+        self.cross_attn_token_to_image = image_attention()
         self.norm2 = LayerNorm(1e-5)
         self.mlp = MLP((decoder.mlp_dim, width), dtype)
         self.norm3 = LayerNorm(1e-5)
-        self.cross_attn_image_to_token = ImageAttention(width, narrow, heads, dtype)
+        self.cross_attn_image_to_token = image_attention()
         self.norm4 = LayerNorm(1e-5)
 
     def __call__(self, tokens, image, token_pe, image_pe, token_mask):
@@ -169,7 +174,9 @@ class TwoWayTransformer(nn.Module):
             TwoWayAttentionBlock(self.config, first=i == 0) for i in range(decoder.num_layers)
         ]
         narrow = width // decoder.attention_downsample_rate
-        self.final_attn_token_to_image = ImageAttention(width, narrow, decoder.num_heads, dtype)
+        self.final_attn_token_to_image = ImageAttention(
+            width, narrow, decoder.num_heads, dtype, self.config.kernels
+        )
         self.norm_final_attn = LayerNorm(1e-5)
 
     def __call__(self, image: Array, image_pe: Array, tokens: Array, token_mask: Array):

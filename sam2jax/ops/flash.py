@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from sam2jax.ops.attention import MASKED
-from sam2jax.types import Array
+from sam2jax.types import Array, power_of_two
 
 QUERIES, KEYS = 128, 64  # in a block
 PROGRAMS = 128  # that a large chip runs at once
@@ -78,7 +78,7 @@ def flash_attention(
 
 def _padded(x: Array, rows: int) -> Array:
     """To whole blocks, with as many channels as a power of two."""
-    channels = max(1 << (x.shape[2] - 1).bit_length(), 16)
+    channels = max(power_of_two(x.shape[2]), 16)
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % rows), (0, channels - x.shape[2])))
 
 
