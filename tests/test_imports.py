@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 
 BASE = {"config", "tree", "types", "version"}
 NN = BASE | {"ops"}
-TRACKING = NN | {"nn", "memory"}
+TRACKING = NN | {"nn", "memory", "checks"}
 FILES = BASE | {"io"}
 CONVERT = FILES | {"nn"}
 LOADING = CONVERT | {"convert"}
@@ -21,6 +21,7 @@ SEES = {
     "config": set(),
     "tree": set(),
     "types": {"config", "tree"},
+    "checks": BASE,
     "version": set(),
     "ops": BASE,
     "nn": NN,

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sam2jax.checks import check_prompts
 from sam2jax.config import SAM2Config
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.ops.masks import stability_score
@@ -68,15 +69,11 @@ def decode_masks(
       size: (height, width) of the image that points refer to; None: the model's S x S.
 
     Raises:
-      ValueError: prompts hold masks, or do not fit the model.
+      ValueError, TypeError: prompts hold masks, or do not fit the model.
     """
     if prompts.mask is not None:
         raise ValueError("Images take earlier answers as mask prompts: give logits, not a mask.")
-    logits_size = model.config.mask_size
-    if prompts.logits is not None and prompts.logits.shape[-2:] != (logits_size, logits_size):
-        raise ValueError(
-            f"Expected logits [N, {logits_size}, {logits_size}], got {prompts.logits.shape}."
-        )
+    check_prompts(model.config, prompts, prompts.num_objects)
     if features.features.ndim == 3:
         features = jax.tree.map(lambda x: x[None], features)
     return _decode_masks(model, params, features, prompts, multimask=multimask, size=size)

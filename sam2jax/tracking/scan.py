@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from sam2jax.checks import check_frame, check_prompts
 from sam2jax.memory.policy import SAM2 as SAM2_POLICY
 from sam2jax.memory.policy import MemoryPolicy
 from sam2jax.nn.sam2 import SAM2
-from sam2jax.tracking.checks import check_frame, check_prompts, check_state
-from sam2jax.tracking.state import TrackState, init_state
+from sam2jax.tracking.state import TrackState, check_state, init_state
 from sam2jax.tracking.step import (
     FrameResult,
     encode_frame,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,8 @@ from sam2jax.types import Array
 
 
 class TrackState(Tree):
-    """An immutable value; its size depends on the model and the number of objects alone."""
+    """An immutable value. Its size depends on the model, the policy, and on how many objects and
+    prompted frames it has room for; not on the length of the video."""
 
     bank: MemoryBank  # every field with a leading [N], or [N * P] where a policy has P lineages
     frame_index: Array  # [] int32, the frame to be processed next
@@ -29,10 +31,6 @@ class TrackState(Tree):
     @property
     def num_objects(self) -> int:
         return self.bank.cond_frame.shape[0] // self.lineages
-
-    @property
-    def max_cond_frames(self) -> int:
-        return self.bank.cond_frame.shape[1]
 
 
 def require_memory(config: SAM2Config) -> None:
@@ -88,3 +86,21 @@ def init_state(
         carried=carried,
         lineages=policy.lineages,
     )
+
+
+def check_state(config: SAM2Config, state: TrackState, policy: MemoryPolicy) -> None:
+    """The state was made for this model and this policy."""
+    if not isinstance(state, TrackState):
+        raise TypeError(f"Expected a TrackState (see init_state), got {type(state).__name__}.")
+    expected = (config.num_recent + policy.room.recent, config.feature_size**2, config.mem_dim)
+    if state.bank.recent_spatial.shape[-3:] != expected:
+        raise ValueError(
+            "The state was made for another model, image size or policy: its recent memories are "
+            f"{state.bank.recent_spatial.shape[-3:]}, here they are {expected}."
+        )
+    carried = jax.eval_shape(jax.vmap(partial(policy.init, config, policy.settings)), state.bank)
+    kinds = [jax.tree.structure(x) for x in (carried, state.carried)]
+    if state.lineages != policy.lineages or kinds[0] != kinds[1]:
+        raise ValueError(
+            "The state was made for another policy; give init_state the policy that is used here."
+        )

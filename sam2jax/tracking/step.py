@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sam2jax.checks import check_frame, check_prompts
 from sam2jax.config import SAM2Config
 from sam2jax.memory.policy import SAM2 as SAM2_POLICY
 from sam2jax.memory.policy import Choice, MemoryPolicy, Now, Seen
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.ops.masks import fill_holes
 from sam2jax.ops.resize import preprocess_image
-from sam2jax.tracking.checks import check_frame, check_prompts, check_state
 from sam2jax.tracking.segment import (
     Answer,
     answer_with_mask,
@@ -27,11 +27,12 @@ from sam2jax.tracking.segment import (
     memory_weights,
     run_model,
 )
-from sam2jax.tracking.state import TrackState
+from sam2jax.tracking.state import TrackState, check_state
 from sam2jax.tree import Tree
 from sam2jax.types import (
     CONDITIONING,
     EMPTY,
+    MAX_FED_BACK_LOGIT,
     NO_OBJ_SCORE,
     NONE,
     Array,
@@ -41,8 +42,6 @@ from sam2jax.types import (
     ImageFeatures,
     Prompts,
 )
-
-MAX_FED_BACK_LOGIT = 32.0  # of earlier answers beside clicks, as the official predictor has it
 
 
 def step(
@@ -215,7 +214,7 @@ def process_ahead(
     prompts = prompts.replace(kind=jnp.where(prompted, CONDITIONING, NONE))
     # Nothing but new conditioning frames: no memory is read.
     forgetful = at_frame.replace(
-        bank=at_frame.bank.replace(cond_frame=jnp.full_like(at_frame.bank.cond_frame, -1))
+        bank=at_frame.bank.replace(cond_frame=jnp.full_like(at_frame.bank.cond_frame, EMPTY))
     )
     result, _ = _answer_frame(model, params, policy, forgetful, features, prompts, direction)
     now = _now(model.config, forgetful, prompts, direction)
@@ -429,7 +428,7 @@ def _remember(
     bank, carried = jax.vmap(policy.write, in_axes=(None, None, 0, 0, 0, 0))(
         config, policy.settings, state.bank, state.carried, result.memory, now
     )
-    # A frame on which NaN or infinity arose leaves nothing behind.
-    held = state.bank, state.carried
-    bank, carried = _where(result.output.finite, (bank, carried), held)
+    # A frame on which NaN or infinity arose leaves nothing behind, nor one that is passed over.
+    written = result.output.finite & (now.conditioning | now.recent)
+    bank, carried = _where(written, (bank, carried), (state.bank, state.carried))
     return state.replace(bank=bank, carried=carried)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 
 from sam2jax.config import SAM2Config
-from sam2jax.memory.policy import MemoryPolicy
-from sam2jax.tracking.state import TrackState
 from sam2jax.types import Array, Prompts
 
 
@@ -60,22 +55,4 @@ def check_prompts(
     if prompts.logits is not None and prompts.logits.shape[-2:] != (size, size):
         raise ValueError(
             f"Expected logits [{num_objects}, {size}, {size}], got {prompts.logits.shape}."
-        )
-
-
-def check_state(config: SAM2Config, state: TrackState, policy: MemoryPolicy) -> None:
-    """The state was made for this model and this policy."""
-    if not isinstance(state, TrackState):
-        raise TypeError(f"Expected a TrackState (see init_state), got {type(state).__name__}.")
-    expected = (config.num_recent + policy.room.recent, config.feature_size**2, config.mem_dim)
-    if state.bank.recent_spatial.shape[-3:] != expected:
-        raise ValueError(
-            "The state was made for another model, image size or policy: its recent memories are "
-            f"{state.bank.recent_spatial.shape[-3:]}, here they are {expected}."
-        )
-    carried = jax.eval_shape(jax.vmap(partial(policy.init, config, policy.settings)), state.bank)
-    kinds = [jax.tree.structure(x) for x in (carried, state.carried)]
-    if state.lineages != policy.lineages or kinds[0] != kinds[1]:
-        raise ValueError(
-            "The state was made for another policy; give init_state the policy that is used here."
         )
