@@ -51,7 +51,8 @@ def convert(
     """Reads a checkpoint and writes it in another format.
 
     Args:
-        source: an official `.pt`, a Hugging Face file, folder or hub id, or what sam2jax saved.
+        source: an official `.pt`, a Hugging Face file, folder or hub id, what sam2jax saved, or
+            the name of the model that ships.
         dest: the file or folder to write. Nothing is left there when something fails.
         to: orbax, safetensors, official or huggingface; by default what the suffix of `dest` says
             (.pt: official, .safetensors: safetensors), else orbax.

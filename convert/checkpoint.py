@@ -49,7 +49,8 @@ class Checkpoint:
 
 
 def read(source: PathLike) -> Checkpoint:
-    """Reads an official `.pt`, a Hugging Face file, folder or hub id, or what sam2jax saved.
+    """Reads an official `.pt`, a Hugging Face file, folder or hub id, or what sam2jax saved or
+    ships.
 
     What a file is, is seen in its content; which model, in its names and shapes.
 

@@ -13,7 +13,8 @@ def largest_difference(source: Checkpoint, written: PathLike) -> float:
     """Reads `written`, brings it back to the source's layout, and compares every number.
 
     Returns:
-        The largest absolute difference; 0 unless the source is wider than float32.
+        The largest absolute difference; 0 unless the source is wider than float32, or was
+        written in a narrower type.
 
     Raises:
         ValueError: the two do not have the same tensors.

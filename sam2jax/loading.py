@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -41,7 +42,8 @@ def load(
 
     Args:
         source: an official `.pt` (2.0 or 2.1, fine-tuned ones too), a Hugging Face safetensors
-            file, folder or hub id (`facebook/sam2.1-hiera-tiny`), or what `save` wrote.
+            file, folder or hub id (`facebook/sam2.1-hiera-tiny`, `owner/name@revision`), what
+            `save` wrote, or the name of the model that ships (`sam2.1_hiera_nano`).
         image_size: the size that frames are resized to; None: the model's own, 1024 for official
             ones.
         dtype: what to compute in. Parameters are float32 either way.
@@ -59,12 +61,7 @@ def load(
         ValueError: it is no whole checkpoint of SAM 2, or an option has a value that cannot be.
         TypeError: there is no option of that name.
     """
-    unknown = sorted(set(options) - set(OPTIONS))
-    if unknown:
-        raise TypeError(
-            f"load has no option {', '.join(map(repr, unknown))}; there are image_size, dtype, "
-            f"apply_postprocessing, {', '.join(OPTIONS)}."
-        )
+    check_options(options)
     checkpoint = convert.read(source)
     config = dataclasses.replace(
         checkpoint.config,
@@ -76,6 +73,16 @@ def load(
         },
     )
     return SAM2(config), jax.device_put(unflatten_dict(checkpoint.params(), sep="/"))
+
+
+def check_options(options: Iterable[str]) -> None:
+    """Refuses names that are no option of `load`."""
+    unknown = sorted({*options} - {*OPTIONS, "image_size", "dtype"})
+    if unknown:
+        raise TypeError(
+            f"There is no option {', '.join(map(repr, unknown))} of a model; there are image_size, "
+            f"dtype, apply_postprocessing, {', '.join(OPTIONS)}."
+        )
 
 
 def save(

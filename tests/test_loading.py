@@ -169,7 +169,7 @@ def test_explicit_options_win_over_apply_postprocessing(saved: pathlib.Path):
 
 def test_unknown_options_are_named(saved: pathlib.Path):
     with pytest.raises(
-        TypeError, match="load has no option 'num_maskmem', 'size'; there are image"
+        TypeError, match="There is no option 'num_maskmem', 'size' of a model; there are image"
     ):
         load(saved / "model.safetensors", size=3, num_maskmem=3)
     assert set(OPTIONS) <= {field.name for field in dataclasses.fields(SMALL)}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from sam2jax.config import NO_POSTPROCESSING, VARIANTS
-from sam2jax.loading import load
+from sam2jax.loading import check_options, load
 from sam2jax.nn.sam2 import SAM2, init_params
 from sam2jax.predictors.options import without_torch
 from sam2jax.predictors.video import PREDICTOR_OPTIONS, SAM2VideoPredictor
@@ -44,7 +44,8 @@ def build_sam2(
       **options: of `load`. `device` and `mode` are accepted with a warning.
 
     Raises:
-      ValueError: there is no such configuration or option, or the checkpoint is of another model.
+      ValueError: there is no such configuration, or the checkpoint is of another model.
+      TypeError: there is no such option.
     """
     options = without_torch({**options, **dict(map(_override, hydra_overrides_extra))})
     return _load(config_file, ckpt_path, apply_postprocessing, options)
@@ -82,6 +83,7 @@ def _load(
     config_file: str, ckpt_path: Any, apply_postprocessing: bool, options: dict[str, Any]
 ) -> LoadedModel:
     name = _variant(config_file)
+    check_options(options)
     if ckpt_path is None:
         defaults = {} if apply_postprocessing else NO_POSTPROCESSING
         config = dataclasses.replace(VARIANTS[name], **{**defaults, **options})

@@ -16,18 +16,18 @@ def load_with(
     source: Any, options: dict[str, Any], own: Iterable[str]
 ) -> tuple[SAM2, Any, dict[str, Any]]:
     """Loads a checkpoint; also returns the options that are the predictor's `own`."""
-    options = without_torch(options)
+    options = without_torch(options, stacklevel=4)
     kept = {name: options.pop(name) for name in own if name in options}
     return *load(source, **options), kept
 
 
-def without_torch(options: dict[str, Any]) -> dict[str, Any]:
+def without_torch(options: dict[str, Any], stacklevel: int = 3) -> dict[str, Any]:
     """Drops options that only mean something to PyTorch, with one warning."""
     dropped = [name for name in TORCH_OPTIONS if name in options]
     if dropped:
         warnings.warn(
             f"{', '.join(dropped)}: not used here; JAX chooses the device (see JAX_PLATFORMS), and "
             "everything is compiled.",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
     return {name: value for name, value in options.items() if name not in TORCH_OPTIONS}
