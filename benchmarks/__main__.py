@@ -13,7 +13,7 @@ python -m benchmarks [SECTION ...] [options], or `sam2jax bench`. Sections:
 Times are medians of paired runs; ratio is official over ours, above 1 ours is faster; share is of
 the rate that the device reaches in one large matrix product. Answers are compared before a time is
 believed. The official package needs the parity extra; where it is missing ours is timed alone. A
-table is printed and results/SECTION-DEVICE-DTYPE.json written.
+table is printed and results/SECTION-VARIANT-SIZE-DTYPE-DEVICE.json written.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if parsed.parse_args(arguments).small:
         parsed.set_defaults(**SMALL)
     given = vars(parsed.parse_args(arguments))
-    sections, small, alone = given.pop("sections"), given.pop("small"), given.pop("alone")
+    sections, alone = given.pop("sections"), given.pop("alone")
+    del given["small"]
     for name in set(sections) - set(SECTIONS):
         parser().error(f"there is no section {name!r}; choose from {', '.join(SECTIONS)}")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -91,14 +92,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rate = matrix_rate(settings.dtype)
     print(f"{device}, {settings.dtype}, {rate / 1e12:.2f} Tflop/s in a matrix product")
     print(HEADER, flush=True)
+    chip = re.sub(r"\W+", "-", device.lower()).strip("-")
+    names = "+".join(settings.variants)
+    slug = f"{names}-{settings.first.image_size}-{settings.dtype}-{chip}"
     for section in sections or SECTIONS:
         rows = []
         for row in importlib.import_module(f"benchmarks.{section}").rows(settings):
             rows.append(row)
             print(row, flush=True)
-        slug = re.sub(r"\W+", "-", device.lower()).strip("-")
-        size = "small" if small else settings.dtype
-        save(f"{section}-{slug}-{size}", dataclasses.asdict(settings), rows)
+        save(f"{section}-{slug}", dataclasses.asdict(settings), rows)
 
 
 if __name__ == "__main__":
