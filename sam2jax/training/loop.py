@@ -11,12 +11,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 import sam2jax.convert as convert
 from sam2jax.config import VARIANTS, SAM2Config
-from sam2jax.loading import load, save
+from sam2jax.loading import save
 from sam2jax.nn.sam2 import SAM2, init_params
 from sam2jax.training.checkpoints import Checkpoints
 from sam2jax.training.config import TrainConfig
@@ -59,12 +60,7 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     output = pathlib.Path(config.output)
     with Checkpoints(output / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
         _check_start(output, checkpoints, resume)
-        served, model, loader = _prepare(config)
-        if resume:
-            state, data = checkpoints.load(_abstract_state(config, served, model, mesh))
-            loader.set_state(data)
-        else:
-            state = _first_state(config, served, model, mesh)
+        served, model, loader, state = _start(config, mesh, checkpoints if resume else None)
         with contextlib.closing(loader):
             state = _run(config, model, state, loader, mesh, checkpoints, progress)
     path = output / MODEL_FILE
@@ -87,9 +83,24 @@ def _check_start(output: pathlib.Path, checkpoints: Checkpoints, resume: bool) -
         )
 
 
-def _prepare(config: TrainConfig) -> tuple[SAM2, SAM2, Loader]:
+def _start(
+    config: TrainConfig, mesh: Mesh, resumed: Checkpoints | None
+) -> tuple[SAM2, SAM2, Loader, TrainState]:
+    """The model as it will be used and as it is trained, the data, and the state: that of what is
+    resumed, or the first one."""
+    given = config.model.checkpoint
+    source = None if given is None else convert.read(given)
+    served, model, loader = _prepare(config, source)
+    if resumed is None:
+        return served, model, loader, _first_state(config, source, served, model, mesh)
+    state, data = resumed.load(_abstract_state(config, served, model, mesh))
+    loader.set_state(data)
+    return served, model, loader, state
+
+
+def _prepare(config: TrainConfig, source: convert.Checkpoint | None) -> tuple[SAM2, SAM2, Loader]:
     """The model as it will be used, as it is trained, and the data."""
-    served = _serving_config(config)
+    served = _serving_config(config, source)
     trained = dataclasses.replace(
         training_config(served),
         dtype=config.model.dtype,
@@ -111,10 +122,10 @@ def _prepare(config: TrainConfig) -> tuple[SAM2, SAM2, Loader]:
     return SAM2(served), SAM2(trained), loader
 
 
-def _serving_config(config: TrainConfig) -> SAM2Config:
+def _serving_config(config: TrainConfig, source: convert.Checkpoint | None) -> SAM2Config:
     given = config.model
-    if given.checkpoint is not None:
-        found = convert.read(given.checkpoint).config
+    if source is not None:
+        found = source.config
     elif given.variant is not None:
         found = VARIANTS[given.variant]
     else:
@@ -124,12 +135,18 @@ def _serving_config(config: TrainConfig) -> SAM2Config:
     return dataclasses.replace(found, image_size=size)
 
 
-def _first_state(config: TrainConfig, served: SAM2, model: SAM2, mesh: Mesh) -> TrainState:
+def _first_state(
+    config: TrainConfig,
+    source: convert.Checkpoint | None,
+    served: SAM2,
+    model: SAM2,
+    mesh: Mesh,
+) -> TrainState:
     params_key, lora_key = jax.random.split(jax.random.key(config.seed))
-    if config.model.checkpoint is None:
+    if source is None:
         params = init_params(served.config, params_key)
     else:
-        params = load(config.model.checkpoint, image_size=served.config.image_size)[1]
+        params = unflatten_dict(source.params(), sep="/")
     state = init_train_state(config, model, params, lora_key)
     return jax.device_put(state, state_shardings(mesh, state))
 
