@@ -10,12 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm import tqdm
 
-from sam2jax.cli.session import DType, ImageSize, errors_told, load_model
+from sam2jax.cli.session import (
+    SOME_FAILED,
+    Checkpoint,
+    ComputeType,
+    DType,
+    ImageSize,
+    Quiet,
+    errors_told,
+    load_model,
+)
 
 if TYPE_CHECKING:
     import numpy as np
-
-SOME_BROKEN = 1  # the exit code where images were passed over
 
 
 def auto(
@@ -23,9 +30,7 @@ def auto(
         pathlib.Path,
         typer.Argument(metavar="IMAGE|FOLDER", help="A JPEG or PNG file, or a folder of such."),
     ],
-    checkpoint: Annotated[
-        str, typer.Option(help="An official .pt, safetensors, what sam2jax saved, or a hub id.")
-    ],
+    checkpoint: Checkpoint,
     out: Annotated[
         pathlib.Path, typer.Option(metavar="DIR", help="NAME.png and NAME.json for each image.")
     ],
@@ -46,9 +51,9 @@ def auto(
     min_mask_region_area: Annotated[
         int, typer.Option(help="Smaller regions and holes are removed.")
     ] = 0,
-    dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
+    dtype: ComputeType = DType.float32,
     image_size: ImageSize = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Find masks of everything in images.
 
@@ -87,7 +92,7 @@ def auto(
         ]
     if broken:
         typer.echo(f"{len(broken)} of {len(todo)} images could not be read.", err=True)
-        raise typer.Exit(SOME_BROKEN)
+        raise typer.Exit(SOME_FAILED)
 
 
 def _list(images: pathlib.Path) -> list[pathlib.Path]:

@@ -11,14 +11,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sam2jax.cli.session import DType, ImageSize, Policy, errors_told, load_model, read_policy
+from sam2jax.cli.session import (
+    SOME_FAILED,
+    ComputeType,
+    DType,
+    ImageSize,
+    OptionalCheckpoint,
+    Policy,
+    Quiet,
+    errors_told,
+    load_model,
+    read_policy,
+)
 
 if TYPE_CHECKING:
     from sam2jax.evaluation.scoring import Results
     from sam2jax.evaluation.vos import VOSOptions
     from sam2jax.predictors.video import SAM2VideoPredictor
-
-SOME_FAILED = 1  # the exit code where videos were passed over
 
 
 def evaluate(
@@ -33,10 +42,7 @@ def evaluate(
             help="The masks to start from: VIDEO/FRAME.png, or VIDEO/OBJECT/FRAME.png as in SA-V.",
         ),
     ] = None,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(help="An official .pt, safetensors, what sam2jax saved, or a hub id."),
-    ] = None,
+    checkpoint: OptionalCheckpoint = None,
     out: Annotated[
         pathlib.Path | None, typer.Option(metavar="DIR", help="The masks that are found.")
     ] = None,
@@ -74,7 +80,7 @@ def evaluate(
     ] = False,
     policy: Policy = "sam2",
     image_size: ImageSize = None,
-    dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
+    dtype: ComputeType = DType.float32,
     shard: Annotated[
         str, typer.Option(metavar="I/N", help="Of N processes, be number I, from 0 on.")
     ] = "0/1",
@@ -97,7 +103,7 @@ def evaluate(
     as_json: Annotated[
         pathlib.Path | None, typer.Option("--json", metavar="FILE", help="The scores in full.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Track the objects of a benchmark's videos from their first masks, and score the masks.
 

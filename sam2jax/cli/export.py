@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from sam2jax.cli.session import DType, ImageSize, errors_told, load_model
+from sam2jax.cli.session import ComputeType, DType, ImageSize, errors_told, load_model
 
 
 class Platform(enum.StrEnum):
@@ -37,7 +37,7 @@ def export(
     embed: Annotated[
         bool, typer.Option("--embed", help="Put the weights into the programs.")
     ] = False,
-    dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
+    dtype: ComputeType = DType.float32,
     image_size: ImageSize = None,
 ) -> None:
     """Write the tracker and the image path as StableHLO, which JAX alone can run.

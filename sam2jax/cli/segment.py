@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sam2jax.cli.prompts import BOX, POINT, ObjectPrompt, PromptTable, read_prompts
-from sam2jax.cli.session import DType, ImageSize, errors_told, load_model
+from sam2jax.cli.session import Checkpoint, ComputeType, DType, ImageSize, errors_told, load_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 def segment(
     image: Annotated[pathlib.Path, typer.Argument(metavar="IMAGE", help="A JPEG or PNG file.")],
-    checkpoint: Annotated[
-        str, typer.Option(help="An official .pt, safetensors, what sam2jax saved, or a hub id.")
-    ],
+    checkpoint: Checkpoint,
     point: Annotated[
         list[str] | None,
         typer.Option(metavar=POINT, help="A click, in pixels. Label 0: not this."),
@@ -39,7 +37,7 @@ def segment(
             help="The masks: a palette PNG, COCO run lengths or an array.",
         ),
     ] = None,
-    dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
+    dtype: ComputeType = DType.float32,
     image_size: ImageSize = None,
 ) -> None:
     """Segment objects in an image from clicks or boxes.

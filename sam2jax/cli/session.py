@@ -16,7 +16,9 @@ from typing import Annotated, Any
 
 import typer
 
-BAD_INPUT = 2  # the exit code, as for a mistyped option
+# Exit codes.
+SOME_FAILED = 1  # images or videos were passed over
+BAD_INPUT = 2  # as for a mistyped option
 
 
 class DType(enum.StrEnum):
@@ -25,6 +27,13 @@ class DType(enum.StrEnum):
 
 
 # Options that several commands have.
+_CHECKPOINT = typer.Option(
+    help="An official .pt, safetensors, what sam2jax saved, a hub id, or sam2.1_hiera_nano, which "
+    "ships."
+)
+Checkpoint = Annotated[str, _CHECKPOINT]
+OptionalCheckpoint = Annotated[str | None, _CHECKPOINT]
+ComputeType = Annotated[DType, typer.Option(help="What to compute in.")]
 ImageSize = Annotated[
     int | None, typer.Option(help="What pictures are resized to; by default the model's own.")
 ]
@@ -35,6 +44,7 @@ Postprocessing = Annotated[
         help="Whether to do as the official builders: fill holes, pick stable masks.",
     ),
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 Policy = Annotated[
     str,
     typer.Option(

@@ -23,10 +23,13 @@ from sam2jax.cli.prompts import (
     to_prompts,
 )
 from sam2jax.cli.session import (
+    Checkpoint,
+    ComputeType,
     DType,
     ImageSize,
     Policy,
     Postprocessing,
+    Quiet,
     errors_told,
     load_model,
     read_policy,
@@ -51,9 +54,7 @@ def track(
             "(/dev/video0) or - for stdin.",
         ),
     ],
-    checkpoint: Annotated[
-        str, typer.Option(help="An official .pt, safetensors, what sam2jax saved, or a hub id.")
-    ],
+    checkpoint: Checkpoint,
     point: Annotated[
         list[str] | None,
         typer.Option(metavar=POINT, help="A click, in pixels of the video. Label 0: not this."),
@@ -78,7 +79,7 @@ def track(
             help="The masks: palette PNGs, COCO run lengths (SA-V's: _manual.json) or arrays.",
         ),
     ] = None,
-    dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
+    dtype: ComputeType = DType.float32,
     image_size: ImageSize = None,
     reverse: Annotated[
         bool, typer.Option("--reverse", help="From the last prompted frame back to frame 0.")
@@ -97,7 +98,7 @@ def track(
             metavar="WIDTHxHEIGHT[@FPS]", help="Frames on stdin are bare bytes, 8-bit RGB."
         ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Track objects through a video from clicks, boxes or masks.
 

@@ -13,16 +13,18 @@ from tqdm import tqdm
 
 from sam2jax.cli.prompts import BOX, POINT, read_prompts
 from sam2jax.cli.session import (
+    SOME_FAILED,
+    Checkpoint,
+    ComputeType,
     DType,
     ImageSize,
     Policy,
     Postprocessing,
+    Quiet,
     errors_told,
     load_model,
     read_policy,
 )
-
-SOME_FAILED = 1  # the exit code where videos were passed over
 
 
 class Masks(enum.StrEnum):
@@ -38,9 +40,7 @@ def track_all(
             metavar="LIST|FOLDER", help="A file with a video on each line, or a folder of videos."
         ),
     ],
-    checkpoint: Annotated[
-        str, typer.Option(help="An official .pt, safetensors, what sam2jax saved, or a hub id.")
-    ],
+    checkpoint: Checkpoint,
     out: Annotated[
         pathlib.Path, typer.Option(metavar="DIR", help="Where each video's masks are written.")
     ],
@@ -60,7 +60,7 @@ def track_all(
         Masks,
         typer.Option(help="NAME.json (COCO run lengths), NAME.npz (arrays), or NAME/ (PNGs)."),
     ] = Masks.json,
-    dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
+    dtype: ComputeType = DType.float32,
     image_size: ImageSize = None,
     apply_postprocessing: Postprocessing = True,
     policy: Policy = "sam2",
@@ -74,7 +74,7 @@ def track_all(
     num_processes: Annotated[
         int | None, typer.Option(min=1, help="How many share the list; likewise.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Track objects through many videos, from prompts in a list or beside each video.
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sam2jax.cli.session import errors_told, keep_compiled_programs, log_shown
+from sam2jax.cli.session import Quiet, errors_told, keep_compiled_programs, log_shown
 
 
 def train(
@@ -36,7 +36,7 @@ def train(
     ] = None,
     num_processes: Annotated[int | None, typer.Option(min=1, help="With --coordinator.")] = None,
     process_id: Annotated[int | None, typer.Option(min=0, help="With --coordinator.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Fine-tune a checkpoint on your own videos, or train a model from scratch.
 
