@@ -125,7 +125,7 @@ def test_a_damaged_file_is_named_and_replaced(tmp_path, caplog, how, suffix):
     damage(tmp_path / f"sa_{good[1][0]}.{suffix}", how)
     batches = loader(source, workers=2)
     if (suffix, how) == ("png", "absent"):  # what is not listed is not missed
-        assert batches.clips_per_epoch == 7
+        assert len(numbers(loader(source, batch_size=1, num_epochs=1))) == 7
         return
     with caplog.at_level(logging.WARNING):
         found = [numbers([next(batches)]) for _ in range(8)]

@@ -15,13 +15,13 @@ DATA, SHARDS = "data", "shards"  # axes: of copies of the parameters, and of the
 _SPLIT = re.compile(r"(kernel|lora_a|lora_b)'?\]?$")  # names of what is split; all else is copied
 
 
-def make_mesh(shards: int = 1, devices: Any = None) -> Mesh:
+def make_mesh(shards: int = 1) -> Mesh:
     """A mesh [data, shards] of all devices, each copy of the parameters split over `shards`.
 
     Raises:
       ValueError: the number of devices is no multiple of `shards`.
     """
-    devices = np.array(jax.devices() if devices is None else devices)
+    devices = np.array(jax.devices())
     if shards < 1 or devices.size % shards:
         raise ValueError(f"shards must divide the {devices.size} devices, got {shards}.")
     kind = (jax.sharding.AxisType.Auto,) * 2

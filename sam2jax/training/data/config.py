@@ -220,13 +220,6 @@ class DataConfig:
         """
         return build(cls, values, "data")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Inverse of `from_dict`, for JSON."""
-        values = dataclasses.asdict(self)
-        for source, plain in zip(self.sources, values["sources"], strict=True):
-            plain["kind"] = source.kind
-        return values
-
 
 # From plain values --------------------------------------------------------------------------------
 

@@ -37,17 +37,10 @@ _REPLACEMENTS = 20  # damaged examples in a row that are replaced
 
 
 class Loader(Iterator[Clip]):
-    """Batches of clips, [B] in front. `make_loader` makes one.
+    """Batches of clips, [B] in front. `make_loader` makes one."""
 
-    Attributes:
-      clips_per_epoch: examples of all sources together, over all processes.
-    """
-
-    def __init__(
-        self, iterator: Any, examples: Examples, clips_per_epoch: int, order: dict[str, Any]
-    ):
+    def __init__(self, iterator: Any, examples: Examples, order: dict[str, Any]):
         self._iterator, self._examples, self._order = iterator, examples, order
-        self.clips_per_epoch = clips_per_epoch
 
     def __next__(self) -> Clip:
         return next(self._iterator)
@@ -167,7 +160,7 @@ def make_loader(
         "process_count": process_count,
         "processes": processes,
     }
-    return Loader(iter(batches), examples, sum(counts), order)
+    return Loader(iter(batches), examples, order)
 
 
 def _let_grain_start_processes() -> None:

@@ -15,6 +15,7 @@ from sam2jax.training.data.config import HARD, SceneConfig
 
 _REACH = 1.5  # a bend of amplitude a moves points by up to sqrt(2) a
 _FREE_TRIES = 24  # random places of which the one with most room is taken
+_EDGE = 0.15  # how far these lie from the frame's edges, at least
 
 
 class Layer(NamedTuple):
@@ -110,11 +111,9 @@ def _move(layer: Layer, rng: np.random.Generator, others: list[Layer]) -> Layer:
     return layer._replace(path=motion.wander(rng, len(layer.path), start))
 
 
-def _free_place(
-    rng: np.random.Generator, layer: Layer, others: list[Layer], low: float = 0.15
-) -> np.ndarray:
+def _free_place(rng: np.random.Generator, layer: Layer, others: list[Layer]) -> np.ndarray:
     """Of some random places, the one farthest from what is there in the first frame."""
-    places = rng.uniform(low, 1 - low, (_FREE_TRIES, 2))
+    places = rng.uniform(_EDGE, 1 - _EDGE, (_FREE_TRIES, 2))
     if not others:
         return places[0]
     gaps = [

@@ -12,6 +12,8 @@ import numpy as np
 
 GRID = 160
 EXTENT = 1.3  # half the width of the grid, where the unit circle holds the shape
+_VARIATION = 0.06  # by about how much the outlines of like shapes differ
+_SMOOTH = 0.12  # difference of two fields below which their union is rounded
 _AXIS = (np.arange(GRID) / (GRID - 1) * 2 - 1) * EXTENT
 _X, _Y = np.meshgrid(_AXIS, _AXIS)
 _RADIUS = np.sqrt(_X * _X + _Y * _Y)
@@ -27,13 +29,13 @@ def draw_shape(rng: np.random.Generator) -> np.ndarray:
     return normalize(field)
 
 
-def vary(field: np.ndarray, rng: np.random.Generator, amount: float = 0.06) -> np.ndarray:
-    """A like shape: the outline moves in and out by about `amount`, smoothly."""
+def vary(field: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A like shape: the outline moves in and out a little, smoothly."""
     waves = np.zeros_like(_X)
     for _ in range(4):
         kx, ky, phase = rng.uniform(-4, 4), rng.uniform(-4, 4), rng.uniform(0, 2 * np.pi)
         waves += np.sin(kx * _X + ky * _Y + phase)
-    return normalize(field + amount / 2 * waves)
+    return normalize(field + _VARIATION / 2 * waves)
 
 
 def solid(rng: np.random.Generator, aspect: float) -> np.ndarray:
@@ -180,9 +182,9 @@ def _lumps(rng: np.random.Generator) -> np.ndarray:
     return field
 
 
-def _smooth_max(a: np.ndarray, b: np.ndarray, width: float = 0.12) -> np.ndarray:
-    blend = np.maximum(width - np.abs(a - b), 0) / width
-    return np.maximum(a, b) + blend * blend * (width / 4)
+def _smooth_max(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    blend = np.maximum(_SMOOTH - np.abs(a - b), 0) / _SMOOTH
+    return np.maximum(a, b) + blend * blend * (_SMOOTH / 4)
 
 
 def _hole(rng: np.random.Generator) -> np.ndarray:
