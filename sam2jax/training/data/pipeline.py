@@ -208,12 +208,12 @@ class Examples:
 
     def _skip(self, message: str) -> None:
         with self._lock:
-            if message in self.damaged:
-                return
+            known = message in self.damaged
             self.damaged[message] = None
             count, most = len(self.damaged), self._config.max_damaged
-        _log.warning("skipped a damaged example (%d of at most %d): %s", count, most, message)
-        if count > most:
+        if not known:
+            _log.warning("skipped a damaged example (%d of at most %d): %s", count, most, message)
+        if count > most:  # known or not: another thread may be the first, and far ahead
             raise ValueError(
                 f"{count} damaged examples, and max_damaged is {most}; the last: {message}"
             )
