@@ -48,9 +48,8 @@ def test_features(media: pathlib.Path):
         assert bar / 100 < distance(ours[level], exact[level]) <= bar, f"level {level}"
 
 
-@pytest.mark.parametrize("name", ["sam2.1_hiera_tiny", "sam2_hiera_tiny"])
-def test_tracking(media: pathlib.Path, name: str):
-    both, frames = pair(at(name, 256), 7), load_clip(media, 256, 24)
+def test_tracking(media: pathlib.Path):
+    both, frames = pair(at("sam2.1_hiera_tiny", 256), 7), load_clip(media, 256, 24)
     exact = clip_masks(official(both, frames, [click()]))
     with oracle.autocast():
         rounded = clip_masks(official(both, frames, [click()]))

@@ -98,8 +98,10 @@ def test_an_interactive_session(media: pathlib.Path, case: str, script: Callable
 
 @pytest.mark.slow
 @pytest.mark.optimised
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("name", ["sam2.1_hiera_tiny", "sam2_hiera_tiny"])
+@pytest.mark.parametrize(
+    ("name", "script"),
+    [*(("sam2.1_hiera_tiny", script) for script in SCRIPTS), ("sam2_hiera_tiny", objects_leave)],
+)
 def test_a_session_of_real_size(media: pathlib.Path, name: str, script: Callable[[Both], int]):
     both = Both(pair(at(name, 256), seed=7), load_clip(media, 256, LENGTH), REAL)
     assert script(both) == both.compared

@@ -128,10 +128,10 @@ def test_pointer_distances_are_heard(both: Pair, frames: np.ndarray, monkeypatch
     """The same for pointers: each one frame further away."""
     from sam2jax.nn import sam2
 
-    theirs = official_answers(both, frames)
+    theirs = np.stack(list(official(both, frames, SCRIPT).masks.values()))
     real, longest = sam2.sine_1d, len(frames) - 1
     jax.clear_caches()
     monkeypatch.setattr(sam2, "sine_1d", lambda x, width: real(x + 1 / longest, width))
-    found = broken(our_answers(both, both.params, frames), theirs)
+    clip = ours(Pair(both.model, both.params, None), frames, SCRIPT)
     jax.clear_caches()
-    assert "masks" in found
+    assert np.max(np.abs(np.stack(list(clip.masks.values())) - theirs)) > SMALL.clip

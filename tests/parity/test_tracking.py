@@ -45,7 +45,7 @@ def test_one_object_from_a_click(media: pathlib.Path, name: str):
 @pytest.mark.parametrize(
     ("name", "image_size", "count"),
     [
-        ("sam2.1_hiera_tiny", 1024, 9),
+        ("sam2.1_hiera_tiny", 1024, 8),  # the last frame reads a full bank
         ("sam2.1_hiera_base_plus", 512, 4),
         ("sam2.1_hiera_large", 256, 4),
     ],
