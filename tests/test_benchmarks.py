@@ -10,7 +10,7 @@ from benchmarks.timing import compare
 from sam2jax.tracking import step
 
 # The others, which have no counts of their own, run beside the official package.
-ALONE = {"track": 5, "cold": 8, "memory": 5}
+ALONE = {"track": 5, "memory": 5}
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def test_features(media: pathlib.Path):
 
 
 def test_tracking(media: pathlib.Path):
-    both, frames = pair(at("sam2.1_hiera_tiny", 256), 7), load_clip(media, 256, 24)
+    both, frames = pair(at("sam2.1_hiera_tiny", 256), 7), load_clip(media, 256, 12)
     exact = clip_masks(official(both, frames, [click()]))
     with oracle.autocast():
         rounded = clip_masks(official(both, frames, [click()]))

@@ -40,12 +40,6 @@ def both(request) -> Pair:
     return pair(at(name, SIZE), seed)
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def full_size(request) -> Pair:
-    name, seed = request.param
-    return pair(VARIANTS[name], seed)
-
-
 def picture(media: pathlib.Path, name: str, height: int | None = None) -> np.ndarray:
     """A whole picture, or a corner of it."""
     whole = np.array(Image.open(media / f"{name}.jpg").convert("RGB"))
@@ -70,9 +64,12 @@ def agree(ours: tuple, theirs: tuple, what: str) -> None:
     assert iou(ours[0] > 0, theirs[0] > 0) > 0.999, what
 
 
-@pytest.mark.parametrize("name", ["truck", "groceries"])
-def test_the_same_script(full_size: Pair, media: pathlib.Path, name: str):
-    both, image = full_size, picture(media, name)
+@pytest.mark.parametrize(
+    ("model", "name"), zip(MODELS, ["truck", "groceries"], strict=True), ids=["2.1", "2.0"]
+)
+def test_the_same_script(media: pathlib.Path, model: tuple[str, int], name: str):
+    """At the model's own size."""
+    both, image = pair(VARIANTS[model[0]], model[1]), picture(media, name)
     ours = sam2jax.SAM2ImagePredictor(both.model, both.params)
     theirs = oracle.image_predictor(both.official, image)
     ours.set_image(Image.fromarray(image))
