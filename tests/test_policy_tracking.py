@@ -57,7 +57,9 @@ def test_one_program_tracks_a_real_clip(params, media, name):
             single, out = sam2jax.step(MODEL, params, single, frame, prompts, policy=policy)
             singles.append(out)
             prompts = Prompts.none(3, width=2)
-        assert_same(stack(singles), whole)
+        single_steps = stack(singles)
+        np.testing.assert_allclose(single_steps.masks, whole.masks, atol=1e-4)
+        np.testing.assert_array_equal(single_steps.memory_frames, whole.memory_frames)
     assert scan._track._cache_size() == before + 1
 
 
