@@ -48,7 +48,7 @@ JOBS = {
     "eval": Job(f"eval ../in/videos --masks ../in/masks {_MODEL} --out out", ("out",)),
     "track-all": Job(
         f"track-all ../in/clips {_MODEL} --point 16,16 --out out",
-        tuple(f"out/{i}" for i in range(_VIDEOS)),
+        tuple(f"out/{i}.json" for i in range(_VIDEOS)),
     ),
     "train": Job(
         "train --config ../in/train.toml --quiet", ("run/model.safetensors",), again="--resume"
