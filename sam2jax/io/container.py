@@ -22,6 +22,10 @@ _BUDGET = 256 * 2**20  # bytes of decoded frames kept while reading backward
 _MOST_PIXELS = 2**27  # of a frame
 _LISTS = ("concat", "dash", "hls", "imf", "webm_dash_manifest")  # of other files' names
 _UNTIMED = ("avi", "h264", "hevc", "m4v", "mpegvideo")  # their time stamps do not order frames
+# Titles and the like need not be UTF-8; from 19 on PyAV takes them without being told.
+ANY_METADATA: dict[str, Any] = (
+    {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+)
 _TURNS = {
     1: (("transpose", "cclock"),),
     2: (("hflip", ""), ("vflip", "")),
@@ -234,10 +238,10 @@ def _scan(source: pathlib.Path | bytes, name: str) -> _Index:
 def _open(source: pathlib.Path | bytes, name: str) -> Any:
     try:
         if isinstance(source, bytes):
-            container = av.open(io.BytesIO(source), metadata_errors="replace")
+            container = av.open(io.BytesIO(source), **ANY_METADATA)
         else:
             with source.open("rb"):  # for Python's own, clearer errors about access
-                container = av.open(str(source), metadata_errors="replace")
+                container = av.open(str(source), **ANY_METADATA)
     except (FFmpegError, MemoryError) as error:
         raise ValueError(
             f"{name} is not a video that FFmpeg can read, or an incomplete one; expected a video "

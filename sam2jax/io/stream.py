@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import av
 from av.error import FFmpegError, InvalidDataError
 
-from sam2jax.io.container import Converter, frame_rate, video_stream
+from sam2jax.io.container import ANY_METADATA, Converter, frame_rate, video_stream
 from sam2jax.io.video import Frame
 
 _STDIN = "-"
@@ -236,9 +236,9 @@ def _open(address: str, name: str, raw: RawFormat | None) -> Any:
                 "pipe:0", format="rawvideo", options={"pixel_format": "rgb24", **options}
             )
         if address == _STDIN:
-            return av.open("pipe:0", metadata_errors="replace")
+            return av.open("pipe:0", **ANY_METADATA)
         kind = "v4l2" if address.startswith(_DEVICE) else None
-        return av.open(address, format=kind, metadata_errors="replace")
+        return av.open(address, format=kind, **ANY_METADATA)
     except FFmpegError as error:
         expected = (
             _PIPEABLE if address == _STDIN else "expected a camera or a URL that FFmpeg can read"
