@@ -1,5 +1,7 @@
 """Pure functions against plain definitions of what they compute."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,7 +60,7 @@ def test_blockwise_attention_without_keys_is_zero(monkeypatch):
 
 @pytest.mark.parametrize("lengths", [(300, 37), (128, 0)])
 def test_the_kernel_for_gpus_equals_blocks_of_keys(lengths):
-    """Sizes that fill no block, interpreted; tests/gpu.py runs it on a device."""
+    """Sizes that fill no block, interpreted."""
     shapes = (2, 140, 24), (2, 300, 24), (2, 300, 5)
     given = [normal(i, *shape).astype(jnp.bfloat16) for i, shape in enumerate(shapes)]
     length = jnp.asarray(lengths, jnp.int32)
@@ -73,6 +75,16 @@ def test_the_kernel_for_gpus_equals_blocks_of_keys(lengths):
     program = jax.jit(attention_ops._blockwise, static_argnums=4).trace(*given, length, True)
     assert "triton" in program.lower(lowering_platforms=("cuda",)).as_text()
     assert "custom_call" not in program.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_a_jax_without_the_kernels_language_takes_blocks(monkeypatch):
+    assert attention_ops._kernel_of_gpus() is flash_attention
+    monkeypatch.setitem(sys.modules, "sam2jax.ops.flash", None)
+    assert attention_ops._kernel_of_gpus() is None
+    given = [normal(i, 2, 140, 24).astype(jnp.bfloat16) for i in range(3)]
+    out = attention_ops._blockwise(*given, jnp.full(2, 140, jnp.int32), True)
+    expected, _ = attention_ops._online(*given, jnp.full(2, 140, jnp.int32))
+    np.testing.assert_array_equal(out, expected)
 
 
 def test_a_mask_of_keys_drops_them():

@@ -8,6 +8,7 @@ of valid keys; in bfloat16 on an NVIDIA GPU as one kernel. Values may be narrowe
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -90,19 +91,28 @@ def _blockwise(query: Array, key: Array, value: Array, length: Array, kernel: bo
 
 def _blockwise_forward(query: Array, key: Array, value: Array, length: Array, kernel: bool):
     given = query, key, value, length
-    if kernel and key.dtype == value.dtype == jnp.bfloat16 and _gpus_hold_kernel():
-        from sam2jax.ops.flash import flash_attention  # half a second: Pallas
-
-        out, log_sum = lax.platform_dependent(*given, cuda=flash_attention, default=_online)
+    of_gpus = _kernel_of_gpus() if kernel and key.dtype == value.dtype == jnp.bfloat16 else None
+    if of_gpus is not None:
+        out, log_sum = lax.platform_dependent(*given, cuda=of_gpus, default=_online)
     else:
         out, log_sum = _online(*given)
     return out, (*given, out, log_sum)
 
 
-def _gpus_hold_kernel() -> bool:
-    """Others have less memory beside each processor. Without a GPU here, it is asked for others."""
+def _kernel_of_gpus() -> Callable[..., tuple[Array, Array]] | None:
+    """`_online` as one kernel, if it is to be had.
+
+    Older GPUs have too little memory beside each processor. Without a GPU here, it is asked for
+    others.
+    """
     gpus = [device for device in jax.local_devices() if device.platform == "gpu"]
-    return all(getattr(gpu, "compute_capability", "") in KERNEL_FITS for gpu in gpus)
+    if any(getattr(gpu, "compute_capability", "") not in KERNEL_FITS for gpu in gpus):
+        return None
+    try:
+        from sam2jax.ops.flash import flash_attention  # half a second: Pallas
+    except ImportError:  # JAX 0.12 announces that Pallas will do without Triton
+        return None
+    return flash_attention
 
 
 def _online(query: Array, key: Array, value: Array, length: Array) -> tuple[Array, Array]:
