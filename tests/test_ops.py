@@ -73,8 +73,9 @@ def test_the_kernel_for_gpus_equals_blocks_of_keys(lengths):
     full = np.asarray(lengths) > 0
     np.testing.assert_allclose(log_sum[full], expected_sum[full], atol=1e-2)
     program = jax.jit(attention_ops._blockwise, static_argnums=4).trace(*given, length, True)
-    assert "triton" in program.lower(lowering_platforms=("cuda",)).as_text()
     assert "custom_call" not in program.lower(lowering_platforms=("tpu",)).as_text()
+    if jax.__version_info__ < (0, 11):  # later ones lower it where there is a GPU
+        assert "triton" in program.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_a_jax_without_the_kernels_language_takes_blocks(monkeypatch):
