@@ -6,12 +6,13 @@ A case is a file's bytes, or text. A reader takes it, or refuses it with a `Valu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fuzz import seeds
+from fuzz import commands, seeds
 
 NAME = "input"  # of the file that a case is written to
 
@@ -174,6 +175,27 @@ def _make(case: bytes, folder: pathlib.Path) -> None:
         Prompts.make(**{name: value for name, value in given.items() if name in names})
 
 
+def _list(case: bytes, folder: pathlib.Path) -> None:
+    """As the list of `track-all`, with each video's prompts, and as that of `eval`."""
+    from sam2jax.cli.plan import read_list, read_table
+    from sam2jax.evaluation.layouts import read_video_list
+
+    path = _file(case, folder, ".txt")
+    refusals = []
+    try:
+        for task in read_list(path):
+            with contextlib.suppress(ValueError, OSError):  # names the video, not the list
+                read_table(task, None)
+    except ValueError as error:
+        refusals.append(error)
+    try:
+        read_video_list(path)
+    except ValueError as error:
+        refusals.append(error)
+    if len(refusals) == 2:
+        raise refusals[0]
+
+
 def _training(case: bytes, folder: pathlib.Path) -> None:
     from sam2jax.training.config import read_config
 
@@ -186,7 +208,7 @@ def _session(case: bytes, folder: pathlib.Path) -> None:
 
 def _cli(case: bytes, folder: pathlib.Path) -> None:
     """A line is an argument. Commands stop where they would read a checkpoint."""
-    seeds.run_command(case.decode("utf-8", "replace").split("\n"), folder)
+    commands.run_command(case.decode("utf-8", "replace").split("\n"), folder)
 
 
 _JSON = ("[", "]", "{", "}", '""', ":", ",", "null", "true", "NaN", "1e999", "-1", "99999999999")
@@ -257,6 +279,12 @@ READERS: dict[str, Reader] = {
         tokens=(*_JSON, '"points"', '"labels"', '"boxes"', '"masks"', '"logits"', '"width"'),
         names_file=False,
     ),
+    "list": Reader(
+        seeds.video_lists,
+        _list,
+        ("sam2jax.cli.plan", "sam2jax.cli.prompts", "sam2jax.evaluation.layouts"),
+        tokens=(*_JSON, '"video"', '"prompts"', '"name"', '"points"', '"object"', "\n", ".."),
+    ),
     "training": Reader(
         seeds.training_configs,
         _training,
@@ -269,10 +297,10 @@ READERS: dict[str, Reader] = {
         longest=32768,
     ),
     "cli": Reader(
-        seeds.command_lines,
+        commands.command_lines,
         _cli,
         ("sam2jax.cli",),
-        tokens=seeds.OPTIONS,
+        tokens=commands.OPTIONS,
         names_file=False,
     ),
 }

@@ -281,6 +281,20 @@ def prompt_arguments(folder: pathlib.Path) -> list[bytes]:
     return [json.dumps(value).encode() for value in values]
 
 
+def video_lists(folder: pathlib.Path) -> list[bytes]:
+    """What `track-all` and `eval` are told to do."""
+    points = {"object": 1, "points": [[2, 3]]}
+    lines = [
+        {"video": "clip.mp4", "prompts": [points], "name": "cup"},
+        {"video": "frames/b", "prompts": "b.json"},
+    ]
+    return [
+        "\n".join(json.dumps(line) for line in lines).encode(),
+        b"clip.mp4\n\nother.mov\n",
+        b"bear\nbike-packing\n",
+    ]
+
+
 def training_configs(folder: pathlib.Path) -> list[bytes]:
     from sam2jax.training.config import SHIPPED
 
@@ -343,89 +357,3 @@ def session_files(folder: pathlib.Path) -> list[bytes]:
     )
     predictor.save_state(state, folder / "whole.npz")
     return _written(folder)
-
-
-# The command line --------------------------------------------------------------------------------
-
-OPTIONS = (
-    *("track", "segment", "auto", "train", "eval", "convert", "export", "info", "demo"),
-    *("--checkpoint", "--point", "--box", "--mask", "--prompts", "--out", "--masks", "--dtype"),
-    *("--image-size", "--reverse", "--policy", "--explain", "--raw", "--quiet", "--config"),
-    *("--resume", "--output", "--steps", "--video-list", "--shard", "--score", "--truth", "--to"),
-    *("--verify", "--shapes", "--workers", "--json", "--platform", "--frame", "--help"),
-    *("\n", "model.safetensors", "clip.mp4", "frame.png", "samurai:", "bfloat16", "0/4"),
-)
-
-
-def command_lines(folder: pathlib.Path) -> list[bytes]:
-    lines = (
-        "track clip.mp4 --checkpoint model.safetensors --point 2,3 --point 4,5,0@2:1 --out a.mp4",
-        "track clip.mp4 --checkpoint model.safetensors --mask frame.png --masks m.npz --reverse",
-        "track clip.mp4 --checkpoint model.safetensors --box 1,1,5,5 --masks m --policy samurai",
-        "segment frame.png --checkpoint model.safetensors --point 2,3 --out out.png",
-        "auto . --checkpoint model.safetensors --out found",
-        "train --config mine.toml --steps 3 --output run",
-        "train --config lora --show",
-        "eval . --masks masks --checkpoint model.safetensors --out out --shard 0/4",
-        "eval --score --truth masks --out out",
-        "convert model.safetensors model.pt --verify",
-        "convert model.safetensors folder --to orbax --dtype bfloat16",
-        "export model.safetensors programs --image-size 64",
-        "info model.safetensors --shapes",
-        "demo --seed 3",
-    )
-    return [line.replace(" ", "\n").encode() for line in lines]
-
-
-@functools.cache
-def _command_files() -> dict[str, bytes]:
-    files = {"model.safetensors": b"", "mine.toml": training_configs(pathlib.Path())[0]}
-    for maker, kept in ((video_files, {"clip.mp4": 3}), (image_files, {"frame.png": 10})):
-        with tempfile.TemporaryDirectory() as name:
-            made = maker(pathlib.Path(name))
-            files |= {file: made[place] for file, place in kept.items()}
-    return files
-
-
-class _Reached(ValueError):
-    """A command came to where it would read a checkpoint, train or wait for a stream."""
-
-
-def _stop(*_: Any, **__: Any) -> Any:
-    raise _Reached("this is as far as a command is taken here.")
-
-
-@functools.cache
-def _stops() -> None:
-    import jax
-
-    import sam2jax.convert as convert
-    import sam2jax.io.stream as stream
-    import sam2jax.loading as loading
-    import sam2jax.training.loop as loop
-
-    # Checkpoints have their own readers here; reading one takes a second each time.
-    loading.load = convert.read = convert.convert = _stop
-    stream.open_stream = loop.train = jax.distributed.initialize = _stop
-
-
-def run_command(arguments: list[str], folder: pathlib.Path) -> None:
-    """Runs `sam2jax` in a folder with a few files; refusals are a line and exit code 1 or 2."""
-    from typer.testing import CliRunner
-
-    from sam2jax.cli import app
-
-    _stops()
-    for name, data in _command_files().items():
-        (folder / name).write_bytes(data)
-    # Slashes stay in fractions alone: whatever is named is in the folder.
-    arguments = [re.sub(r"(?<!\d)/|/(?!\d)", "_", argument) for argument in arguments]
-    if not arguments or "bench" in arguments:
-        return
-    with contextlib.chdir(folder):
-        result = CliRunner().invoke(app, arguments)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    told = [line for line in result.output.splitlines() if line.lower().startswith("error")]
-    if result.exit_code not in (0, 1, 2) or (result.exit_code == 2 and len(told) != 1):
-        raise AssertionError(f"exit code {result.exit_code}: {result.output[:500]}")

@@ -230,8 +230,12 @@ def test_lists_of_videos(tmp_path):
     (tmp_path / "notes.txt").write_text(" b\n\na\r\nb\n")
     assert layouts.list_videos(tmp_path) == ["a", "b"]
     assert layouts.read_video_list(tmp_path / "notes.txt") == ["b", "a"]
-    (tmp_path / "notes.txt").write_text("/JPEGImages/480p/bear/00000.jpg x\n")
-    with pytest.raises(ValueError, match="no name of a video"):
+    for line in ("/JPEGImages/480p/bear/00000.jpg x", "..", ".hidden"):
+        (tmp_path / "notes.txt").write_text(f"{line}\n")
+        with pytest.raises(ValueError, match="no name of a video"):
+            layouts.read_video_list(tmp_path / "notes.txt")
+    (tmp_path / "notes.txt").write_bytes(b"bear\xff\n")
+    with pytest.raises(ValueError, match="notes.txt is no list of videos"):
         layouts.read_video_list(tmp_path / "notes.txt")
     (tmp_path / "notes.txt").write_text("\n")
     with pytest.raises(ValueError, match="names no videos"):

@@ -13,7 +13,8 @@ from sam2jax.io.video import open_video
 from sam2jax.memory import POLICIES
 from sam2jax.testing import random_params
 from sam2jax.tracking import scan
-from sam2jax.tracking.step import encode_frame, process_frame
+from sam2jax.tracking.frame import process_frame
+from sam2jax.tracking.step import encode_frame
 from sam2jax.types import EMPTY
 from tests.test_tracking import CONFIG, MODEL, TWO, assert_same, clip, stack
 

@@ -159,11 +159,15 @@ def read_video_list(path: PathLike) -> list[str]:
       OSError: the file cannot be read.
       ValueError: it names no video, or one that is no plain name.
     """
-    lines = [line.strip() for line in pathlib.Path(path).read_text().splitlines()]
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no list of videos: {error}.") from error
+    lines = [line.strip() for line in text.splitlines()]
     names = list(dict.fromkeys(line for line in lines if line))
     if not names:
         raise ValueError(f"{path} names no videos; expected a name on each line.")
-    if odd := [name for name in names if pathlib.Path(name).name != name]:
+    if odd := [n for n in names if pathlib.Path(n).name != n or n.startswith(".")]:
         raise ValueError(f"{path}: {odd[0]!r} is no name of a video; expected one on each line.")
     return names
 

@@ -17,9 +17,10 @@ from sam2jax.memory.bank import MemoryBank, empty
 from sam2jax.memory.policy import MemoryPolicy, Now, Seen
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.ops.resize import resize_masks
+from sam2jax.tracking.frame import process_frame
 from sam2jax.tracking.segment import fit_mask_prompt
 from sam2jax.tracking.state import TrackState
-from sam2jax.tracking.step import encode_frames, process_frame
+from sam2jax.tracking.step import encode_frames
 from sam2jax.tree import Tree
 from sam2jax.types import EMPTY, Array, FrameMemory, ImageFeatures, MaskCandidates, Prompts
 

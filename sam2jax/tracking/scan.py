@@ -15,16 +15,9 @@ from sam2jax.checks import check_frame, check_prompts
 from sam2jax.memory.policy import SAM2 as SAM2_POLICY
 from sam2jax.memory.policy import MemoryPolicy
 from sam2jax.nn.sam2 import SAM2
+from sam2jax.tracking.frame import FrameResult, process_ahead, process_frame
 from sam2jax.tracking.state import TrackState, check_state, init_state
-from sam2jax.tracking.step import (
-    FrameResult,
-    encode_frame,
-    encode_frames,
-    process_ahead,
-    process_frame,
-    scale_prompts,
-    time_direction,
-)
+from sam2jax.tracking.step import encode_frame, encode_frames, scale_prompts, time_direction
 from sam2jax.types import (
     CONDITIONING,
     EMPTY,

@@ -1,6 +1,6 @@
 """A clip tracked for training: prompts are simulated, and every answer is held against the truth.
 
-The same boxes, bank and choices as in `tracking.step`, with what training does otherwise
+The same boxes, bank and choices as in `tracking.frame`, with what training does otherwise
 (official `SAM2Train`): conditioning frames come first, some frames get correction clicks, one
 after another, and all answers on the way are supervised.
 """
