@@ -23,7 +23,7 @@ from sam2jax.testing import random_params
 
 AUTOMATIC = {
     "pred_iou_thresh": 0.5,
-    "mask_threshold": 1.6,
+    "mask_threshold": 2.0,
     "stability_score_offset": 0.02,
     "stability_score_thresh": 0.5,
     "box_nms_thresh": 0.95,  # these masks are much alike
@@ -40,7 +40,7 @@ def points(count: int, image: np.ndarray) -> dict[str, np.ndarray]:
 
 def picture(settings: Settings) -> np.ndarray:
     if settings.picture:
-        return read_image(settings.picture)
+        return np.array(read_image(settings.picture))  # writable, as PyTorch likes it
     from sam2jax.training.data.config import HELD_OUT
     from sam2jax.training.data.procedural import procedural_clip
 

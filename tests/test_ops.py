@@ -42,8 +42,11 @@ def test_blockwise_attention_equals_plain_attention_and_its_gradient(monkeypatch
     grad = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
     (_, out), small = grad(query, key, value)
     monkeypatch.setattr(attention_ops, "BLOCKWISE_FROM", 0)
-    monkeypatch.setattr(attention_ops, "BLOCK", 16)
+    monkeypatch.setattr(attention_ops, "BLOCK", 16)  # of the gradient
+    monkeypatch.setattr(attention_ops, "CPU_BLOCK", 16)
     (_, blockwise), large = grad(query, key, value)
+    elsewhere, _ = attention_ops._online(query * 8**-0.5, key, value, length, block=16)
+    np.testing.assert_allclose(elsewhere, out, atol=2e-6)
     np.testing.assert_allclose(out, plain_attention(query, key, value, lengths), atol=2e-6)
     np.testing.assert_allclose(blockwise, out, atol=2e-6)
     for one, other in zip(small, large, strict=True):
@@ -84,7 +87,7 @@ def test_a_jax_without_the_kernels_language_takes_blocks(monkeypatch):
     assert attention_ops._kernel_of_gpus() is None
     given = [normal(i, 2, 140, 24).astype(jnp.bfloat16) for i in range(3)]
     out = attention_ops._blockwise(*given, jnp.full(2, 140, jnp.int32), True)
-    expected, _ = attention_ops._online(*given, jnp.full(2, 140, jnp.int32))
+    expected, _ = attention_ops._row_by_row(*given, jnp.full(2, 140, jnp.int32))
     np.testing.assert_array_equal(out, expected)
 
 

@@ -18,6 +18,7 @@ from sam2jax.ops.linear import einsum
 from sam2jax.types import Array
 
 BLOCK = 1024  # keys at a time
+CPU_BLOCK = 256  # on a CPU: what is in work stays in its cache
 BLOCKWISE_FROM = 2**22  # weights per query set from which they are not written out
 KERNEL_FITS = ("9.0", "10.0")  # compute capabilities: Hopper, and Blackwell of data centres
 MASKED = -1e30  # finite, so that a fully masked block stays free of NaN
@@ -65,23 +66,21 @@ def attention(
     return einsum("btk,bke->bte", weights, value).astype(value.dtype)
 
 
-def _num_blocks(length: Array, num_keys: int) -> Array:
-    block = min(BLOCK, num_keys)
+def _num_blocks(length: Array, block: int) -> Array:
     return (jnp.max(length) + block - 1) // block
 
 
-def _block(index: Array, num_keys: int, length: Array) -> tuple[Array, Array]:
+def _block(index: Array, block: int, num_keys: int, length: Array) -> tuple[Array, Array]:
     """Start of a block and which of its keys count: [B, 1, block]. The last one overlaps its
     neighbour rather than reach past the end, and leaves the overlap to it."""
-    block = min(BLOCK, num_keys)
     start = jnp.minimum(index * block, num_keys - block)
     position = start + jnp.arange(block, dtype=jnp.int32)
     valid = (position >= index * block)[None] & (position[None] < length[:, None])
     return start, valid[:, None, :]
 
 
-def _take(x: Array, start: Array) -> Array:
-    return lax.dynamic_slice_in_dim(x, start, min(BLOCK, x.shape[1]), axis=1)
+def _take(x: Array, start: Array, block: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, start, block, axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -92,10 +91,8 @@ def _blockwise(query: Array, key: Array, value: Array, length: Array, kernel: bo
 def _blockwise_forward(query: Array, key: Array, value: Array, length: Array, kernel: bool):
     given = query, key, value, length
     of_gpus = _kernel_of_gpus() if kernel and key.dtype == value.dtype == jnp.bfloat16 else None
-    if of_gpus is not None:
-        out, log_sum = lax.platform_dependent(*given, cuda=of_gpus, default=_online)
-    else:
-        out, log_sum = _online(*given)
+    others = {} if of_gpus is None else {"cuda": of_gpus}
+    out, log_sum = lax.platform_dependent(*given, cpu=_row_by_row, default=_online, **others)
     return out, (*given, out, log_sum)
 
 
@@ -115,29 +112,41 @@ def _kernel_of_gpus() -> Callable[..., tuple[Array, Array]] | None:
     return flash_attention
 
 
-def _online(query: Array, key: Array, value: Array, length: Array) -> tuple[Array, Array]:
+def _row_by_row(query: Array, key: Array, value: Array, length: Array) -> tuple[Array, Array]:
+    """`_online` in small blocks, one row of the batch after another."""
+
+    def one(row: tuple[Array, ...]) -> tuple[Array, Array]:
+        out, log_sum = _online(*(x[None] for x in row), block=CPU_BLOCK)
+        return out[0], log_sum[0]
+
+    return lax.map(one, (query, key, value, length))
+
+
+def _online(
+    query: Array, key: Array, value: Array, length: Array, block: int = BLOCK
+) -> tuple[Array, Array]:
     """The answer [B, T, e], and the logarithm of the summed weights [B, T]."""
     width = value.shape[-1]
-    keys, values = _whole_blocks(key, value, length)
+    keys, values = _whole_blocks(key, value, length, block)
 
     def body(index: Array, carry):
         total, row_max = carry
-        start = index * BLOCK
-        scores = einsum("btd,bkd->btk", query, _take(keys, start))
+        start = index * block
+        scores = einsum("btd,bkd->btk", query, _take(keys, start, block))
         new_max = jnp.maximum(row_max, jnp.max(scores, axis=-1))
         weights = jnp.exp(scores - new_max[..., None]).astype(value.dtype)
-        part = einsum("btk,bke->bte", weights, _take(values, start))
+        part = einsum("btk,bke->bte", weights, _take(values, start, block))
         return total * jnp.exp(row_max - new_max)[..., None] + part, new_max
 
     rows = query.shape[:2]
     carry = jnp.zeros((*rows, values.shape[-1]), jnp.float32), jnp.full(rows, MASKED, jnp.float32)
-    total, row_max = lax.fori_loop(0, _num_blocks(length, key.shape[1]), body, carry)
+    total, row_max = lax.fori_loop(0, _num_blocks(length, block), body, carry)
     row_sum = jnp.maximum(total[..., width], jnp.finfo(jnp.float32).tiny)
     out = (total[..., :width] / row_sum[..., None]).astype(value.dtype)
     return out, row_max + jnp.log(row_sum)
 
 
-def _whole_blocks(key: Array, value: Array, length: Array) -> tuple[Array, Array]:
+def _whole_blocks(key: Array, value: Array, length: Array, block: int) -> tuple[Array, Array]:
     """Keys and values in whole blocks, made so that nothing need be masked on the way.
 
     Keys that do not count repeat the first one, which changes no maximum, and their values are
@@ -149,7 +158,7 @@ def _whole_blocks(key: Array, value: Array, length: Array) -> tuple[Array, Array
     extra = jnp.zeros((count, num_keys, -(width + 1) % 8), value.dtype)  # units like it even
     value = jnp.where(valid, jnp.concatenate([value, ones, extra], axis=-1), 0)
     key = jnp.where(valid, key, key[:, :1])
-    rest = -num_keys % BLOCK
+    rest = -num_keys % block
     if not rest:
         return key, value
     first = jnp.broadcast_to(key[:, :1], (count, rest, key.shape[-1]))
@@ -159,15 +168,18 @@ def _whole_blocks(key: Array, value: Array, length: Array) -> tuple[Array, Array
 def _blockwise_backward(kernel: bool, residuals, grad: Array):
     query, key, value, length, out, log_sum = residuals
     num_keys = key.shape[1]
+    block = min(BLOCK, num_keys)
     delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
     def add(into: Array, part: Array, start: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(into, _take(into, start) + part, start, axis=1)
+        return lax.dynamic_update_slice_in_dim(
+            into, _take(into, start, block) + part, start, axis=1
+        )
 
     def body(index: Array, carry):
         d_query, d_key, d_value = carry
-        start, valid = _block(index, num_keys, length)
-        keys, values = _take(key, start), _take(value, start)
+        start, valid = _block(index, block, num_keys, length)
+        keys, values = _take(key, start, block), _take(value, start, block)
         scores = einsum("btd,bkd->btk", query, keys)
         weights = jnp.where(valid, jnp.exp(scores - log_sum[..., None]), 0.0)
         d_weights = einsum("bte,bke->btk", grad, values)
@@ -179,7 +191,7 @@ def _blockwise_backward(kernel: bool, residuals, grad: Array):
 
     zeros = functools.partial(jnp.zeros_like, dtype=jnp.float32)
     d_query, d_key, d_value = lax.fori_loop(
-        0, _num_blocks(length, num_keys), body, (zeros(query), zeros(key), zeros(value))
+        0, _num_blocks(length, block), body, (zeros(query), zeros(key), zeros(value))
     )
     return (
         d_query.astype(query.dtype),
