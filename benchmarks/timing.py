@@ -120,10 +120,18 @@ def machine() -> dict[str, Any]:
             continue
     return {
         "device": jax.devices()[0].device_kind,
-        "processor": platform.machine(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "versions": versions,
     }
+
+
+def processor() -> str:
+    """Its name, where the system tells it."""
+    about = pathlib.Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {platform.machine()}" if names else platform.machine()
 
 
 def save(name: str, settings: dict[str, Any], rows: Iterable[Row]) -> pathlib.Path:

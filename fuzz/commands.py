@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import pathlib
 import re
 import tempfile
@@ -81,12 +82,18 @@ def _stops() -> None:
     stream.open_stream = loop.train = jax.distributed.initialize = _stop
 
 
-def run_command(arguments: list[str], folder: pathlib.Path) -> None:
-    """Runs `sam2jax` in a folder with a few files; refusals are a line and exit code 1 or 2."""
-    from typer.testing import CliRunner
+@functools.cache
+def _command() -> Any:
+    """All of `sam2jax`; putting it together takes longer than most cases."""
+    import typer.main
 
     from sam2jax.cli import app
 
+    return typer.main.get_command(app)
+
+
+def run_command(arguments: list[str], folder: pathlib.Path) -> None:
+    """Runs `sam2jax` in a folder with a few files; refusals are a line and exit code 1 or 2."""
     _stops()
     for name, data in _command_files().items():
         (folder / name).write_bytes(data)
@@ -94,10 +101,16 @@ def run_command(arguments: list[str], folder: pathlib.Path) -> None:
     arguments = [re.sub(r"(?<!\d)/|/(?!\d)", "_", argument) for argument in arguments]
     if not arguments or "bench" in arguments:
         return
-    with contextlib.chdir(folder):
-        result = CliRunner().invoke(app, arguments)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    told = [line for line in result.output.splitlines() if line.lower().startswith("error")]
-    if result.exit_code not in (0, 1, 2) or (result.exit_code == 2 and len(told) != 1):
-        raise AssertionError(f"exit code {result.exit_code}: {result.output[:500]}")
+    code, told = 0, io.StringIO()
+    with (
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(told),
+        contextlib.redirect_stderr(told),
+    ):
+        try:
+            _command().main(arguments, prog_name="sam2jax")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    lines = [line for line in told.getvalue().splitlines() if line.lower().startswith("error")]
+    if code not in (0, 1, 2) or (code == 2 and len(lines) != 1):
+        raise AssertionError(f"exit code {code}: {told.getvalue()[:500]}")

@@ -18,6 +18,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -95,17 +96,25 @@ def kill_often(name: str, times: int, folder: pathlib.Path, seed: int) -> tuple[
     _import_all()
     job, work = JOBS[name], folder / "work"
     assert _forked(lambda: _write_inputs(folder / "in"), folder) == 0, _log(folder)
-    for _ in range(2):  # the first compiles
+
+    def undisturbed() -> float:
         seconds, code = _timed(lambda: _run(job.arguments, work, fresh=True))
         assert code == 0, _log(work)
+        return seconds
+
+    undisturbed()  # compiles
+    times_taken = [undisturbed()]
     wanted = {output: digest(work / output) for output in job.outputs}
     chance = random.Random(seed)
     tally = Tally(0, 0, 0, 0, 0)
     while tally.kills < times:
         how = (signal.SIGKILL, signal.SIGTERM)[tally.kills % 2]
-        after = chance.uniform(0.9 if tally.kills % 3 == 2 else 0, 1) * seconds
+        if tally.kills % 10 == 9:  # the machine may be faster or slower by now
+            times_taken.append(undisturbed())
+        after = chance.uniform(0.9 if tally.kills % 3 == 2 else 0, 1) * times_taken[-1]
         code = _run(job.arguments, work, fresh=True, after=after, how=how)
         if code == 0:  # it was faster this time
+            times_taken.append(undisturbed())
             continue
         there = {output for output in job.outputs if (work / output).exists()}
         assert all(_is_whole(work / output, wanted[output]) for output in there), (name, there)
@@ -123,8 +132,8 @@ def kill_often(name: str, times: int, folder: pathlib.Path, seed: int) -> tuple[
             tally.part + (0 < len(there) < len(wanted)),
             tally.left + len(left),
         )
-        print(name, *tally, f"{seconds:.1f}", file=sys.stderr, flush=True)
-    return tally, seconds
+        print(name, *tally, f"{times_taken[-1]:.1f}", file=sys.stderr, flush=True)
+    return tally, statistics.median(times_taken)
 
 
 def _is_whole(path: pathlib.Path, wanted: dict[str, str]) -> bool:
@@ -208,7 +217,12 @@ def _forked(command: Callable[[], None], folder: pathlib.Path, after: float = 0,
         finally:
             os._exit(code)
     if how:
-        time.sleep(after)
+        until = time.monotonic() + after
+        while time.monotonic() < until:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.005)
         os.kill(child, how)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 

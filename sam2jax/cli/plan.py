@@ -69,7 +69,7 @@ def read_list(source: pathlib.Path) -> list[Task]:
         ]
     if not tasks:
         raise ValueError(f"{source} names no video.")
-    _check_names(tasks)
+    _check_names(tasks, source)
     return tasks
 
 
@@ -102,13 +102,13 @@ def _stem(video: pathlib.Path) -> str:
     return video.stem if video.suffix.lower() in VIDEO_SUFFIXES else video.name
 
 
-def _check_names(tasks: Sequence[Task]) -> None:
+def _check_names(tasks: Sequence[Task], source: pathlib.Path) -> None:
     seen: dict[str, pathlib.Path] = {}
     for task in tasks:
         if task.name in seen:
             raise ValueError(
-                f"{seen[task.name]} and {task.video} would both be written as {task.name}; "
-                'give one another "name" in the list.'
+                f"{source}: {seen[task.name]} and {task.video} would both be written as "
+                f'{task.name}; give one another "name" in the list.'
             )
         seen[task.name] = task.video
 
