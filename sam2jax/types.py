@@ -166,7 +166,8 @@ class Prompts(Tree):
           ValueError: names the object and what is wrong with its prompt.
         """
         columns = {"points": points, "labels": labels, "boxes": boxes, "masks": masks}
-        lengths = {n: len(c) for n, c in {**columns, "logits": logits}.items() if c is not None}
+        given = {n: c for n, c in {**columns, "logits": logits}.items() if c is not None}
+        lengths = {name: _num_entries(name, column) for name, column in given.items()}
         if not lengths or len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise ValueError(
                 "Prompts need lists with one entry per object, all of one length, got "
@@ -179,6 +180,8 @@ class Prompts(Tree):
         ]
         longest = max(max(len(row_labels) for _, row_labels in rows), 1)
         padded = power_of_two(longest) if width is None else width
+        if not isinstance(padded, int | np.integer):
+            raise ValueError(f"width must be a whole number, got {width!r}.")
         if padded < longest:
             raise ValueError(f"width {padded} is too small for {longest} points.")
         point_array = np.zeros((count, padded, 2), np.float32)
@@ -247,6 +250,13 @@ class ClipPrompts(Tree):
             )
         frames = jnp.asarray([int(frame) for frame in prompts], jnp.int32)
         return cls(frames=frames, prompts=Prompts.stack(rows))
+
+
+def _num_entries(name: str, column: Any) -> int:
+    try:
+        return len(column)
+    except TypeError:
+        raise ValueError(f"{name} must have one entry per object, got {column!r}.") from None
 
 
 def _pad(prompts: Prompts, count: int, width: int) -> Prompts:

@@ -107,7 +107,7 @@ def write_script(seed: int, lineages: int, start: int) -> Script:
         if rng.random() < 0.1:  # a tie
             ious[frame, :, 2] = ious[frame, :, 1]
     conditioning = np.zeros(LENGTH, bool)
-    conditioning[[start, start + 140]] = True
+    conditioning[[start, start + 60, start + 61, start + 140]] = True
     multimask = rng.random(LENGTH) < 0.95
     return Script(masks, ious.astype(np.float32), score.astype(np.float32), conditioning, multimask)
 
@@ -224,7 +224,7 @@ def test_choices_reads_and_writes_are_those_of_an_unbounded_memory(name: str, se
     start = 7 * (seed % 2)
     script = write_script(seed, policy.lineages, start)
     frames = np.arange(LENGTH, dtype=np.int32)
-    found = run(policy, {"frame": frames, **vars(script)}, max_cond_frames=2)
+    found = run(policy, {"frame": frames, **vars(script)}, max_cond_frames=4)
     found = jax.tree.map(np.asarray, found)
     for frame in range(start, LENGTH):
         where = f"{name}, seed {seed}, frame {frame}"

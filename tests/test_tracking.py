@@ -261,6 +261,8 @@ def test_nothing_to_track_is_refused(params):
         ({"masks": [np.ones((2, 2, 2))]}, r"\[h, w\]"),
         ({"masks": [np.ones((2, 2))], "points": [[(1, 2)]]}, "both"),
         ({"points": [[(1, 2), (3, 4)]], "width": 1}, "too small"),
+        ({"points": [[(1, 2)]], "width": float("inf")}, "width must be a whole number"),
+        ({"boxes": 2}, "boxes must have one entry per object, got 2"),
     ],
 )
 def test_prompts_say_what_is_wrong_with_them(given, message):

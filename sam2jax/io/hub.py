@@ -30,15 +30,15 @@ def download(hub_id: str) -> pathlib.Path:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     repo_id, _, revision = hub_id.partition("@")
-    given = {"revision": revision or None}
     names = ("model.safetensors", f"{repo_id.split('/')[1].replace('-', '_')}.pt")
     for name in names:
-        cached = huggingface_hub.try_to_load_from_cache(repo_id, name, **given)
+        cached = huggingface_hub.try_to_load_from_cache(repo_id, name, revision=revision or None)
         if isinstance(cached, str):
             return pathlib.Path(cached)
     for name in names:
         try:
-            return pathlib.Path(huggingface_hub.hf_hub_download(repo_id, name, **given))
+            path = huggingface_hub.hf_hub_download(repo_id, name, revision=revision or None)
+            return pathlib.Path(path)
         except LocalEntryNotFoundError as error:
             raise ValueError(
                 f"{hub_id!r} is no file or folder here, and the Hugging Face hub cannot be "

@@ -160,6 +160,12 @@ def slot_for(frames: Array, frame: Array, keep: Array) -> Array:
     return jnp.arange(frames.shape[0]) == jnp.argmin(keep)
 
 
+def becomes_recent(bank: MemoryBank, frame: Array, recent: Array, conditioning: Array) -> Array:
+    """Whether `frame` is to be written as a recent one: [] bool. It is where there is memory
+    (`recent`), but not as long as it is prompted itself, now or since an earlier turn."""
+    return recent & ~conditioning & ~jnp.any(bank.cond_frame == frame)
+
+
 def put_cond(bank: MemoryBank, slot: Array, memory: FrameMemory) -> MemoryBank:
     """The bank with a frame's memory in a conditioning slot; `slot` [C] bool is one-hot or none."""
     return bank.replace(

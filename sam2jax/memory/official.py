@@ -9,6 +9,7 @@ from sam2jax.memory.bank import (
     FAR,
     MemoryBank,
     Selected,
+    becomes_recent,
     gather,
     put_cond,
     put_recent,
@@ -119,7 +120,7 @@ def write(
       recent: [] bool, write it as a recent frame.
     """
     frame = memory.frame
-    recent = recent & ~conditioning & ~jnp.any(bank.cond_frame == frame)
+    recent = becomes_recent(bank, frame, recent, conditioning)
     # Between strides only the last frame is read; the others are told apart by age.
     age = -bank.recent_frame * direction
     between = bank.recent_frame % config.memory_temporal_stride_for_eval != 0

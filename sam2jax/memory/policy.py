@@ -28,7 +28,7 @@ class Now(Tree):
     direction: Array  # [] int32: 1 forward, -1 in reverse
     num_frames: Array  # [] int32, length of the clip (16 for a stream)
     conditioning: Array  # [] bool, the user prompts it, and it is answered without memory
-    recent: Array  # [] bool, there is memory: it is tracked, or a tracked one is corrected
+    recent: Array  # [] bool, there is memory; also of a conditioning frame (`becomes_recent`)
     multimask: Array  # [] bool, one of the M alternatives is taken, not the single mask
 
 
@@ -117,10 +117,15 @@ def no_state(config: SAM2Config, settings: Any, bank: MemoryBank) -> tuple[()]:
     return ()
 
 
+def reach(config: SAM2Config, settings: Any) -> SAM2Config:
+    """The model as SAM 2's rule sees it; a policy with settings of its own leaves it as it is."""
+    return settings.of(config) if isinstance(settings, Reach) else config
+
+
 def official_read(
-    config: SAM2Config, settings: Reach, bank: MemoryBank, carried: Any, now: Now
+    config: SAM2Config, settings: Any, bank: MemoryBank, carried: Any, now: Now
 ) -> MemoryRead:
-    return official.read(settings.of(config), bank, now.frame, now.direction, now.num_frames)
+    return official.read(reach(config, settings), bank, now.frame, now.direction, now.num_frames)
 
 
 def best_iou(
@@ -143,14 +148,14 @@ def no_judgement(
 
 def official_write(
     config: SAM2Config,
-    settings: Reach,
+    settings: Any,
     bank: MemoryBank,
     carried: Any,
     memory: FrameMemory,
     now: Now,
 ) -> tuple[MemoryBank, Any]:
     flags = {"conditioning": now.conditioning, "recent": now.recent}
-    return official.write(settings.of(config), bank, memory, now.direction, **flags), carried
+    return official.write(reach(config, settings), bank, memory, now.direction, **flags), carried
 
 
 SAM2 = MemoryPolicy(

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from sam2jax.config import SAM2Config
-from sam2jax.memory.policy import SAM2, MemoryPolicy
+from sam2jax.memory.policy import SAM2, MemoryPolicy, reach
 from sam2jax.predictors.programs import Held, Record, carries, nothing_held, remember, stack
 from sam2jax.tracking.state import TrackState
 from sam2jax.types import ImageFeatures, power_of_two
@@ -219,5 +219,5 @@ def memory_reach(config: SAM2Config, policy: MemoryPolicy) -> int:
     frames as they please, how many are written once more when a session was changed."""
     if policy.write is not SAM2.write:
         return REPLAYED
-    spatial = config.num_recent * policy.settings.of(config).memory_temporal_stride_for_eval
+    spatial = config.num_recent * reach(config, policy.settings).memory_temporal_stride_for_eval
     return max(spatial, config.num_recent_pointers)

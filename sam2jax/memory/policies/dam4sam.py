@@ -13,6 +13,7 @@ from sam2jax.memory.bank import (
     MemoryBank,
     Room,
     Selected,
+    becomes_recent,
     first_prompted,
     gather,
     put,
@@ -250,7 +251,7 @@ def _write(
 ) -> tuple[MemoryBank, Carried]:
     promote = carried.promote & now.recent  # what was judged of a frame is of that frame alone
     kept = now.conditioning | promote
-    recent = now.recent & carried.visible & ~kept & ~jnp.any(bank.cond_frame == memory.frame)
+    recent = becomes_recent(bank, memory.frame, now.recent & carried.visible, kept)
     age = (now.frame - bank.cond_frame) * now.direction
     pinned = bank.cond_frame == carried.start
     cond = slot_for(bank.cond_frame, memory.frame, jnp.where(pinned, FAR // 2, -age)) & kept

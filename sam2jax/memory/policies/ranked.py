@@ -17,6 +17,7 @@ from sam2jax.memory.bank import (
     FAR,
     MemoryBank,
     Selected,
+    becomes_recent,
     first_prompted,
     put_recent,
     slot_for,
@@ -112,7 +113,7 @@ def write(
     the frame is accepted, and whether its pointer is.
     """
     conditioning = now.conditioning
-    recent = now.recent & ~conditioning & ~jnp.any(bank.cond_frame == memory.frame)
+    recent = becomes_recent(bank, memory.frame, now.recent, conditioning)
 
     def slot(frames: Array, kept: Array) -> Array:
         age = (now.frame - frames) * now.direction

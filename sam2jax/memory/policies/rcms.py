@@ -8,10 +8,10 @@ from flax import struct
 
 from sam2jax.config import SAM2Config
 from sam2jax.memory import official
-from sam2jax.memory.bank import FAR, MemoryBank, Room, put_recent, slot_for
-from sam2jax.memory.policy import MemoryPolicy, Now, Seen, best_iou
+from sam2jax.memory.bank import FAR, MemoryBank, Room, becomes_recent, put_recent, slot_for
+from sam2jax.memory.policy import MemoryPolicy, Now, Seen, best_iou, official_read
 from sam2jax.tree import Tree
-from sam2jax.types import EMPTY, Array, FrameMemory, MemoryRead
+from sam2jax.types import EMPTY, Array, FrameMemory
 
 
 class Settings(Tree):
@@ -38,7 +38,7 @@ def rcms(threshold: float | Array = 0.6, most: int = 3) -> MemoryPolicy:
     """
     return MemoryPolicy(
         init=_init,
-        read=_read,
+        read=official_read,
         choose=best_iou,
         judge=_judge,
         write=_write,
@@ -54,12 +54,6 @@ def _init(config: SAM2Config, settings: Settings, bank: MemoryBank) -> Carried:
         pointer=jnp.zeros_like(bank.pointer_frame, bool),
         lost=jnp.zeros((), bool),
     )
-
-
-def _read(
-    config: SAM2Config, settings: Settings, bank: MemoryBank, carried: Carried, now: Now
-) -> MemoryRead:
-    return official.read(config, bank, now.frame, now.direction, now.num_frames)
 
 
 def _judge(
@@ -80,7 +74,7 @@ def _write(
     memory: FrameMemory,
     now: Now,
 ) -> tuple[MemoryBank, Carried]:
-    tracked = now.recent & ~now.conditioning & ~jnp.any(bank.cond_frame == memory.frame)
+    tracked = becomes_recent(bank, memory.frame, now.recent, now.conditioning)
     lost = tracked & (memory.object_score <= 0)
     first = lost & ~carried.lost
     for _ in range(settings.most):
