@@ -6,6 +6,7 @@ python -m sam2jax.convert SOURCE DEST [--to FORMAT] [--verify] [--dtype DTYPE]
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import ml_dtypes
 import numpy as np
@@ -66,6 +67,8 @@ def convert(
         FileNotFoundError, ValueError: in one or two lines, what is wrong.
     """
     form = format_for(dest, to)
+    if os.path.exists(source) and os.path.exists(dest) and os.path.samefile(source, dest):
+        raise ValueError(f"{dest} is the source; give the result another name.")
     checkpoint = read(source)
     params = checkpoint.params()
     stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)

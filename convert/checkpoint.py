@@ -146,7 +146,10 @@ def _locate(source: PathLike) -> pathlib.Path:
                 f"sam2jax ships no weights of {name!r}; give the path of a checkpoint, or "
                 f"'facebook/{name.replace('_', '-')}' to download it."
             )
-        raise FileNotFoundError(f"there is no file or folder {name!r}.")
+        raise FileNotFoundError(
+            f"there is no file or folder {name!r}; 'facebook/sam2.1-hiera-tiny' would be "
+            "downloaded, and 'sam2.1_hiera_nano' ships."
+        )
     if not path.is_dir() or checkpoints.is_orbax_folder(path):
         return path
     if (path / _HF_WEIGHTS).is_file():

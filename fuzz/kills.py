@@ -111,7 +111,8 @@ def kill_often(name: str, times: int, folder: pathlib.Path, seed: int) -> tuple[
         how = (signal.SIGKILL, signal.SIGTERM)[tally.kills % 2]
         if tally.kills % 10 == 9:  # the machine may be faster or slower by now
             times_taken.append(undisturbed())
-        after = chance.uniform(0.9 if tally.kills % 3 == 2 else 0, 1) * times_taken[-1]
+        whole = min(times_taken[-3:])
+        after = chance.uniform(0.9 if tally.kills % 3 == 2 else 0, 1) * whole
         code = _run(job.arguments, work, fresh=True, after=after, how=how)
         if code == 0:  # it was faster this time
             times_taken.append(undisturbed())

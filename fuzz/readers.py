@@ -147,7 +147,13 @@ def _annotations(case: bytes, folder: pathlib.Path) -> None:
 
 def _prompts(case: bytes, folder: pathlib.Path) -> None:
     """A line is a --point, a --box or a --mask; what follows an empty line is a file of prompts."""
-    from sam2jax.cli.prompts import check_against_video, read_masks, read_prompts, to_prompts
+    from sam2jax.cli.prompts import (
+        check_against_video,
+        check_inside,
+        read_masks,
+        read_prompts,
+        to_prompts,
+    )
 
     lines, _, text = case.decode("utf-8", "replace").partition("\n\n")
     given: dict[str, list[str]] = {"point": [], "box": [], "mask": []}
@@ -157,6 +163,7 @@ def _prompts(case: bytes, folder: pathlib.Path) -> None:
     file = _file(text.encode(), folder, ".json") if text else None
     table = read_prompts(given["point"], given["box"], given["mask"], file)
     check_against_video(table, 8, "the video")
+    check_inside(table, *seeds.MASK_SIZE, "the video")
     to_prompts(table, read_masks(table, *seeds.MASK_SIZE), (0.5, 0.5))
 
 

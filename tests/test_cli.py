@@ -360,6 +360,8 @@ def test_track_refuses_bad_input(tmp_path, sam2jax_cli, checkpoint):
     refused(track(clip, *point), "nothing to write")
     refused(track(clip, "--point", "9,9,7", *out), "label 7")
     refused(track(clip, "--point", "9,9:12", *out), "frame 12", "12 frames")
+    refused(track(clip, "--point", "9,49", *out), "point 9,49 of object 1", "64x48 pixels")
+    refused(track(clip, "--box", "70,9,90,20@2", *out), "box 70,9,90,20 of object 2")
     refused(track(clip, "--mask", "no.png", *out), "no file no.png")
     refused(track(clip, "--prompts", "no.json", *out), "no file no.json")
     refused(track(clip, *point, "--out", "out.gif"), "must end in .mp4")
@@ -375,6 +377,7 @@ def test_track_refuses_bad_input(tmp_path, sam2jax_cli, checkpoint):
     refused(track(tmp_path / "empty", *point, *out), "holds no frames")
     Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "small.png")
     refused(track(clip, "--mask", tmp_path / "small.png", *out), "8x8", "64x48")
+    refused(track(tmp_path / "small.png", *point, *out), "is a picture; use sam2jax segment")
     # What concerns the model comes last.
     refused(track(clip, *point, *out, model="no.pt"), "no.pt")
     refused(track(clip, *point, *out, model=clip), "clip.mp4")

@@ -61,6 +61,7 @@ def test_what_segment_refuses(command, checkpoint, photo):
         (["--point", "1,2"], "nothing to write"),
         (["--out", "out.png"], "with --point or --box."),
         (["--point", "1,2:3", "--out", "out.png"], "no frame 3"),
+        (["--point", "200,2", "--out", "out.png"], "outside of"),
         (["--point", "1,2", "--out", photo], "is the input"),
         (["--point", "1,2", "--out", "out.mp4"], ".png"),
         (["--point", "1,2", "--out", "no/folder.png"], "does not exist"),
@@ -102,6 +103,10 @@ def test_auto(command, checkpoint, tmp_path):
     (folder / "broken.jpg").unlink()
     result = command(*call)
     assert result.exit_code == 0, result.output
+    assert f"1 of 2 images have results in {out}" in result.output
+    assert "masks in 1 images" in result.output
+    nothing = command(*call, "--out", tmp_path / "none", "--pred-iou-thresh", 5)
+    assert "0 masks in 2 images" in nothing.output and "thresh 5.0" in nothing.output
     assert (out / "0.json").exists() and (out / "1.json").stat().st_mtime_ns == before
 
 
@@ -114,6 +119,7 @@ def test_what_auto_refuses(command, checkpoint, tmp_path):
         (tmp_path / "none", out, "no image or folder"),
         (nothing, out, "no frames"),
         (photos, photos, "holds the pictures"),
+        (photos, photos / "cups.png", "is a file; give --out a folder"),
         (photos / "cups.png", nothing / ".." / "photos", "holds the pictures"),
     ):
         result = command("auto", images, "--checkpoint", checkpoint, "--out", where)

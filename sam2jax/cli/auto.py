@@ -19,6 +19,7 @@ from sam2jax.cli.session import (
     Quiet,
     errors_told,
     load_model,
+    make_folder,
 )
 
 if TYPE_CHECKING:
@@ -34,8 +35,10 @@ def auto(
     out: Annotated[
         pathlib.Path, typer.Option(metavar="DIR", help="NAME.png and NAME.json for each image.")
     ],
-    points_per_side: Annotated[int, typer.Option(help="Of the grid of points.")] = 32,
-    points_per_batch: Annotated[int, typer.Option(help="Points that are answered at once.")] = 64,
+    points_per_side: Annotated[int, typer.Option(min=1, help="Of the grid of points.")] = 32,
+    points_per_batch: Annotated[
+        int, typer.Option(min=1, help="Points that are answered at once.")
+    ] = 64,
     pred_iou_thresh: Annotated[
         float, typer.Option(help="Masks that the model rates no higher are dropped.")
     ] = 0.8,
@@ -46,10 +49,10 @@ def auto(
         float, typer.Option(help="Overlap above which the lower rated mask is dropped.")
     ] = 0.7,
     crop_n_layers: Annotated[
-        int, typer.Option(help="Layers of crops (4, 16, ...) to look at closely.")
+        int, typer.Option(min=0, help="Layers of crops (4, 16, ...) to look at closely.")
     ] = 0,
     min_mask_region_area: Annotated[
-        int, typer.Option(help="Smaller regions and holes are removed.")
+        int, typer.Option(min=0, help="Smaller regions and holes are removed.")
     ] = 0,
     dtype: ComputeType = DType.float32,
     image_size: ImageSize = None,
@@ -71,7 +74,13 @@ def auto(
         if any(path.parent.resolve() == out.resolve() for path in paths):
             raise ValueError(f"{out} holds the pictures; choose another folder for --out.")
         todo = [path for path in paths if not _result(out, path).exists()]
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
+        if len(todo) < len(paths):
+            typer.echo(
+                f"{len(paths) - len(todo)} of {len(paths)} images have results in {out}, and are "
+                "passed over.",
+                err=True,
+            )
         from sam2jax.predictors.automatic import SAM2AutomaticMaskGenerator
 
         generator = SAM2AutomaticMaskGenerator(
@@ -85,13 +94,19 @@ def auto(
             min_mask_region_area=min_mask_region_area,
             progress=len(todo) == 1 and not quiet,
         )
-        broken = [
-            path
-            for path in tqdm(todo, unit=" images", disable=quiet or len(todo) == 1)
-            if not _process(generator, path, out)
-        ]
-    if broken:
-        typer.echo(f"{len(broken)} of {len(todo)} images could not be read.", err=True)
+        bar = tqdm(todo, unit=" images", disable=quiet or len(todo) == 1)
+        found = [count for path in bar if (count := _process(generator, path, out)) is not None]
+    if found:
+        typer.echo(f"{sum(found)} masks in {len(found)} images: {out}")
+    if found and not sum(found):
+        typer.echo(
+            f"No mask passed --pred-iou-thresh {pred_iou_thresh} and --stability-score-thresh "
+            f"{stability_score_thresh}; lower ones let more through.",
+            err=True,
+        )
+    if len(found) < len(todo):
+        broken = len(todo) - len(found)
+        typer.echo(f"{broken} of {len(todo)} images could not be read.", err=True)
         raise typer.Exit(SOME_FAILED)
 
 
@@ -107,8 +122,9 @@ def _result(out: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
     return out / f"{path.stem}.json"
 
 
-def _process(generator: Any, path: pathlib.Path, out: pathlib.Path) -> bool:
-    """Writes one image's results, the JSON file last; False where the image cannot be read."""
+def _process(generator: Any, path: pathlib.Path, out: pathlib.Path) -> int | None:
+    """Writes one image's results, the JSON file last, and counts its masks; None where the image
+    cannot be read."""
     from sam2jax.io.files import atomic_path
     from sam2jax.io.images import read_image, write_image
 
@@ -116,12 +132,12 @@ def _process(generator: Any, path: pathlib.Path, out: pathlib.Path) -> bool:
         picture = read_image(path)
     except (ValueError, OSError) as error:
         tqdm.write(f"error: {error}", file=sys.stderr)
-        return False
+        return None
     records = generator.generate(picture)
     write_image(out / f"{path.stem}.png", _draw(picture, [r["segmentation"] for r in records]))
     with atomic_path(_result(out, path)) as temporary:
         temporary.write_text(json.dumps(_annotations(path.name, picture, records)))
-    return True
+    return len(records)
 
 
 def _draw(picture: np.ndarray, masks: list[np.ndarray]) -> np.ndarray:

@@ -25,7 +25,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sam2jax.cli.loop import prompted_frame
 from sam2jax.cli.plan import Shape, Task, make_batches, read_table, shape_of
-from sam2jax.cli.prompts import PromptTable, check_against_video, read_masks, to_prompts
+from sam2jax.cli.prompts import (
+    PromptTable,
+    check_against_video,
+    check_inside,
+    read_masks,
+    to_prompts,
+)
 from sam2jax.io.files import remove_leftovers
 from sam2jax.io.masks import ArrayWriter, MaskWriter, PaletteWriter, RunLengthWriter
 from sam2jax.io.video import Frame, Video, open_video
@@ -154,6 +160,7 @@ def _measure(task: Task, common: PromptTable | None) -> tuple[Shape, int]:
     table = read_table(task, common)
     with open_video(task.video) as video:
         check_against_video(table, len(video), video.name)
+        check_inside(table, video.height, video.width, video.name)
         return shape_of(table, len(video), video.height, video.width), len(video)
 
 

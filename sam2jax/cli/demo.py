@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from sam2jax.cli.session import DType, errors_told, load_model
+from sam2jax.cli.session import DType, errors_told, load_model, make_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +53,7 @@ def demo(
       sam2jax demo
     """
     with errors_told():
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         import numpy as np
 
         from sam2jax.training.data.clip import middle

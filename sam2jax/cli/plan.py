@@ -55,6 +55,8 @@ def read_list(source: pathlib.Path) -> list[Task]:
             if not path.name.startswith(".")
             and (path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES)
         ]
+    elif source.suffix.lower() in VIDEO_SUFFIXES and source.is_file():
+        raise ValueError(f"{source} is a video; use sam2jax track, or give its folder.")
     else:
         try:
             lines = source.read_text(encoding="utf-8").splitlines()

@@ -144,6 +144,26 @@ def check_against_video(table: PromptTable, num_frames: int, name: str) -> None:
         )
 
 
+def check_inside(table: PromptTable, height: int, width: int, name: str) -> None:
+    """Refuses points and boxes that lie outside of the picture, which no answer can come of."""
+
+    def outside(x0: float, y0: float, x1: float, y1: float) -> bool:
+        return x1 < 0 or y1 < 0 or x0 > width or y0 > height
+
+    for objects in table.frames.values():
+        for object_id, prompt in objects.items():
+            given = [("point", (x, y), (x, y, x, y)) for x, y in prompt.points]
+            if prompt.box:
+                given.append(("box", prompt.box, prompt.box))
+            for what, values, reach in given:
+                if outside(*reach):
+                    at = ",".join(f"{value:g}" for value in values)
+                    raise ValueError(
+                        f"the {what} {at} of object {object_id} lies outside of {name}, which is "
+                        f"{width}x{height} pixels."
+                    )
+
+
 def read_masks(table: PromptTable, height: int, width: int) -> dict[tuple[int, int], np.ndarray]:
     """The mask prompts, by (frame, object): bool [H, W] of the video's size."""
     from sam2jax.io.images import read_mask

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sam2jax.cli.prompts import BOX, POINT, ObjectPrompt, PromptTable, read_prompts
+from sam2jax.cli.prompts import ObjectPrompt, PromptTable, check_inside, read_prompts
 from sam2jax.cli.session import Checkpoint, ComputeType, DType, ImageSize, errors_told, load_model
 
 if TYPE_CHECKING:
@@ -21,10 +21,11 @@ def segment(
     checkpoint: Checkpoint,
     point: Annotated[
         list[str] | None,
-        typer.Option(metavar=POINT, help="A click, in pixels. Label 0: not this."),
+        typer.Option(metavar="X,Y[,LABEL][@OBJECT]", help="A click, in pixels. Label 0: not this."),
     ] = None,
     box: Annotated[
-        list[str] | None, typer.Option(metavar=BOX, help="A box around an object.")
+        list[str] | None,
+        typer.Option(metavar="X0,Y0,X1,Y1[@OBJECT]", help="A box around an object."),
     ] = None,
     out: Annotated[
         pathlib.Path | None,
@@ -60,12 +61,15 @@ def segment(
         from sam2jax.predictors.image import SAM2ImagePredictor
 
         picture = read_image(image)
+        check_inside(table, *picture.shape[:2], str(image))
         if out is not None and out.exists() and out.samefile(image):
             raise ValueError(f"{out} is the input; give --out another name.")
         predictor = SAM2ImagePredictor(load_model(checkpoint, image_size, dtype))
         predictor.set_image(picture)
         found = _segment(predictor, table)
         _write(picture, image.stem, table, found, out, masks)
+        for path in filter(None, (out, masks)):
+            typer.echo(str(path))
 
 
 def _segment(predictor: SAM2ImagePredictor, table: PromptTable) -> np.ndarray:

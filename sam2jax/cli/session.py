@@ -69,6 +69,17 @@ def errors_told() -> Iterator[None]:
         raise typer.Exit(BAD_INPUT) from error
 
 
+def make_folder(path: pathlib.Path) -> None:
+    """Makes the folder that results go to.
+
+    Raises:
+      ValueError: there is a file of that name.
+    """
+    if path.is_file():
+        raise ValueError(f"{path} is a file; give --out a folder.")
+    path.mkdir(parents=True, exist_ok=True)
+
+
 @contextlib.contextmanager
 def log_shown() -> Iterator[None]:
     """Puts what the library logs on stdout, above a progress bar."""

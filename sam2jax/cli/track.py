@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import pathlib
 import signal
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from tqdm import tqdm
@@ -18,6 +19,7 @@ from sam2jax.cli.prompts import (
     POINT,
     PromptTable,
     check_against_video,
+    check_inside,
     read_masks,
     read_prompts,
     to_prompts,
@@ -133,6 +135,7 @@ def track(
         clip = _open(stack, video, table, raw, reverse)
         if explain is not None and not isinstance(clip, Video):
             raise ValueError("--explain draws a whole video, and a live stream has no end.")
+        check_inside(table, clip.height, clip.width, str(video))
         mask_prompts = read_masks(table, clip.height, clip.width)
         sinks = _open_sinks(stack, clip, table, out, masks)
         _refuse_overwriting(video, out)
@@ -154,6 +157,8 @@ def track(
                 sink(result)
         if explainer is not None and isinstance(clip, Video):
             explainer.write(clip)
+    for path in filter(None, (out, masks, explain)):
+        typer.echo(str(path))
 
 
 def _run(job: Job, original: bool, quiet: bool) -> Iterator[Result]:
@@ -163,12 +168,10 @@ def _run(job: Job, original: bool, quiet: bool) -> Iterator[Result]:
 
     clip = job.video
     if isinstance(clip, Video):
-        bar = functools.partial(
-            tqdm, total=len(job.indices), unit=" frames", bar_format=_BAR, disable=quiet
-        )
+        bar = functools.partial(_bar, total=len(job.indices), bar_format=_BAR, quiet=quiet)
         yield from run(job, original=original, bar=bar)
         return
-    bar = functools.partial(tqdm, unit=" frames", bar_format=_ENDLESS_BAR, disable=quiet)
+    bar = functools.partial(_bar, bar_format=_ENDLESS_BAR, quiet=quiet)
     yield from run_stream(job, original=original, bar=bar)
     if clip.lost is not None:
         typer.echo(f"warning: {clip.lost}", err=True)
@@ -181,13 +184,25 @@ def _run(job: Job, original: bool, quiet: bool) -> Iterator[Result]:
         )
 
 
+def _bar(frames: Iterable[Any], *, quiet: bool, **options: Any) -> Iterator[Any]:
+    """Counts from the first frame on: programs are compiled before it."""
+    frames = iter(frames)
+    if not quiet:
+        typer.echo("starting; what is new for this size is compiled first", err=True)
+    first = list(itertools.islice(frames, 1))
+    yield from tqdm(itertools.chain(first, frames), unit=" frames", disable=quiet, **options)
+
+
 def _open(
     stack: contextlib.ExitStack, address: str, table: PromptTable, raw: str | None, reverse: bool
 ) -> Video | Stream:
+    from sam2jax.io.images import IMAGE_SUFFIXES
     from sam2jax.io.stream import RawFormat, is_stream, open_stream
     from sam2jax.io.video import open_video
 
     if not is_stream(address) and raw is None:
+        if pathlib.Path(address).suffix.lower() in IMAGE_SUFFIXES:
+            raise ValueError(f"{address} is a picture; use sam2jax segment.")
         video = stack.enter_context(open_video(address))
         check_against_video(table, len(video), video.name)
         return video

@@ -23,6 +23,7 @@ from sam2jax.cli.session import (
     Quiet,
     errors_told,
     load_model,
+    make_folder,
     read_policy,
 )
 
@@ -109,7 +110,7 @@ def track_all(
         rules = read_policy(policy)
         given = point or box or prompts
         common = read_prompts(point or (), box or (), (), prompts) if given else None
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         from sam2jax.cli.batch import result_path
 
         mine = share(tasks, index, count)
@@ -117,7 +118,7 @@ def track_all(
         if count > 1 or len(todo) < len(mine):
             typer.echo(
                 f"process {index} of {count}: {len(todo)} of its {len(mine)} videos are to be "
-                f"done ({len(tasks)} in all)",
+                f"done ({len(tasks)} in all); the others have results in {out}",
                 err=True,
             )
         if not todo:

@@ -40,7 +40,7 @@ def list_frames(folder: PathLike) -> list[pathlib.Path]:
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
     ]
     if not paths:
-        raise ValueError(f"{folder} holds no frames; expected files named like 00000.jpg or .png.")
+        raise ValueError(f"{folder} holds no frames; expected JPEG or PNG files, like 00000.jpg.")
     stems = [path.stem for path in paths]
     twice = [stem for stem, count in collections.Counter(stems).items() if count > 1]
     if twice:
