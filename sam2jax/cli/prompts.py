@@ -146,17 +146,14 @@ def check_against_video(table: PromptTable, num_frames: int, name: str) -> None:
 
 def check_inside(table: PromptTable, height: int, width: int, name: str) -> None:
     """Refuses points and boxes that lie outside of the picture, which no answer can come of."""
-
-    def outside(x0: float, y0: float, x1: float, y1: float) -> bool:
-        return x1 < 0 or y1 < 0 or x0 > width or y0 > height
-
     for objects in table.frames.values():
         for object_id, prompt in objects.items():
-            given = [("point", (x, y), (x, y, x, y)) for x, y in prompt.points]
+            given: list[tuple[str, tuple[float, ...]]] = [("point", p) for p in prompt.points]
             if prompt.box:
-                given.append(("box", prompt.box, prompt.box))
-            for what, values, reach in given:
-                if outside(*reach):
+                given.append(("box", prompt.box))
+            for what, values in given:
+                (left, top), (right, bottom) = values[:2], values[-2:]
+                if right < 0 or bottom < 0 or left > width or top > height:
                     at = ",".join(f"{value:g}" for value in values)
                     raise ValueError(
                         f"the {what} {at} of object {object_id} lies outside of {name}, which is "

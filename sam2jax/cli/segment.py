@@ -61,7 +61,7 @@ def segment(
         from sam2jax.predictors.image import SAM2ImagePredictor
 
         picture = read_image(image)
-        check_inside(table, *picture.shape[:2], str(image))
+        check_inside(table, picture.shape[0], picture.shape[1], str(image))
         if out is not None and out.exists() and out.samefile(image):
             raise ValueError(f"{out} is the input; give --out another name.")
         predictor = SAM2ImagePredictor(load_model(checkpoint, image_size, dtype))
