@@ -23,6 +23,7 @@ import dataclasses
 import importlib
 import importlib.util
 import os
+import pathlib
 import re
 from collections.abc import Sequence
 
@@ -100,7 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in importlib.import_module(f"benchmarks.{section}").rows(settings):
             rows.append(row)
             print(row, flush=True)
-        save(f"{section}-{slug}", dataclasses.asdict(settings), rows)
+        told = dataclasses.asdict(settings)
+        told["picture"] = settings.picture and pathlib.Path(settings.picture).name
+        save(f"{section}-{slug}", told, rows)
 
 
 if __name__ == "__main__":

@@ -160,6 +160,7 @@ def test_sessions_come_back(tmp_path):
         ("0/points/0", lambda x: x * np.nan),
         ("0/labels/0", lambda x: x + 9),
         ("1/masks/2", lambda x: x[0]),
+        ("header", lambda x: np.frombuffer(x.tobytes().replace(b'"all"', b'"aln"'), np.uint8)),
     ],
 )
 def test_sessions_with_other_arrays_are_refused(tmp_path, name, change):

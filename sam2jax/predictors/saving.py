@@ -12,7 +12,7 @@ import math
 import pathlib
 import zipfile
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import ml_dtypes
@@ -22,7 +22,7 @@ from sam2jax.config import SAM2Config
 from sam2jax.io.files import PathLike, atomic_path
 from sam2jax.predictors.inputs import check_mask
 from sam2jax.predictors.programs import Record
-from sam2jax.predictors.session import InferenceState, ObjectHistory
+from sam2jax.predictors.session import History, InferenceState, ObjectHistory
 from sam2jax.types import FrameMemory, point_rows
 
 FORMAT = "sam2jax session 1"
@@ -121,6 +121,7 @@ def _check_header(path: PathLike, header: dict[str, Any]) -> None:
         **{"offload_state_to_cpu": bool, "ids": list, "tracked": list},
     }
     fit = all(type(header.get(name)) is kind for name, kind in kinds.items())
+    fit = fit and header["history"] in get_args(History)
     video: Any = header.get("video")
     if not fit or not isinstance(video.get("source"), str | None) or "size" not in video:
         raise _damaged(path)
