@@ -43,7 +43,11 @@ def watch(*folders: pathlib.Path) -> None:
             writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
             paths = [path] if writes and isinstance(path, str | bytes) else []
         elif event in _WRITES:
-            paths = [path for path in given if isinstance(path, str | bytes)]
+            folder = given[-1]  # open, of os.remove and such within it
+            base = f"/proc/self/fd/{folder}" if isinstance(folder, int) and folder >= 0 else ""
+            paths = [
+                os.path.join(base, os.fsdecode(p)) for p in given if isinstance(p, str | bytes)
+            ]
         else:
             return
         for path in map(os.fsdecode, paths):

@@ -274,6 +274,8 @@ def test_matroska_length():
     assert container._matroska_length(header + b"\x01" + (1000).to_bytes(7, "big")) == 1021
     assert container._matroska_length(header + b"\x01" + b"\xff" * 7) is None  # a live stream
     assert container._matroska_length(b"\x00\x00\x00\x18ftypmp42") is None
+    for cut in (4, len(header) - 4, len(header)):
+        assert container._matroska_length(header[:cut]) is None
 
 
 @pytest.mark.parametrize("mode,value", [("L", 255), ("L", 1), ("1", 1), ("P", 2), ("RGB", 255)])

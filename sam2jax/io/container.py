@@ -312,6 +312,8 @@ def _matroska_length(head: bytes) -> int | None:
     """How long a Matroska file says it is; None: it is none, or does not say."""
 
     def number(at: int) -> tuple[int, int]:  # EBML: leading zeros of the first byte give the width
+        if at >= len(head):
+            return -1, at
         width = 9 - head[at].bit_length()
         value = int.from_bytes(head[at : at + width], "big") & ((1 << 7 * width) - 1)
         return (-1 if value == (1 << 7 * width) - 1 else value), at + width
