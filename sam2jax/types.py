@@ -20,6 +20,7 @@ ArrayLike = Any  # array, list or scalar that NumPy understands
 EMPTY = -1  # frame index of a memory slot that holds nothing
 NO_OBJ_SCORE = -1024.0  # mask logit of an absent object (official `NO_OBJ_SCORE`)
 MAX_FED_BACK_LOGIT = 32.0  # of earlier answers beside clicks, as the official predictors have it
+_MOST_POINTS = 65536  # of an object, padding included
 
 # Prompts.kind
 NONE = 0  # no prompt: the object is tracked
@@ -180,8 +181,10 @@ class Prompts(Tree):
         ]
         longest = max(max(len(row_labels) for _, row_labels in rows), 1)
         padded = power_of_two(longest) if width is None else width
-        if not isinstance(padded, int | np.integer):
-            raise ValueError(f"width must be a whole number, got {width!r}.")
+        if not isinstance(padded, int | np.integer) or padded > _MOST_POINTS:
+            raise ValueError(
+                f"width must be a whole number, {_MOST_POINTS} at most, got {width!r}."
+            )
         if padded < longest:
             raise ValueError(f"width {padded} is too small for {longest} points.")
         point_array = np.zeros((count, padded, 2), np.float32)
@@ -283,7 +286,7 @@ def point_rows(owner: str, points: Any, labels: Any, box: Any, mask: Any):
         raise ValueError(f"Give a mask of {owner}, or points and a box, not both.")
     rows, kinds = np.zeros((0, 2), np.float32), np.zeros(0, np.int32)
     if points is not None:
-        rows = np.asarray(points, np.float32)
+        rows = _numbers(f"points of {owner}", points)
         if rows.ndim != 2 or rows.shape[1] != 2:
             raise ValueError(f"Points of {owner} must be [P, 2] (x, y), got {rows.shape}.")
         kinds = np.ones(len(rows), np.int32) if labels is None else np.asarray(labels)
@@ -294,10 +297,10 @@ def point_rows(owner: str, points: Any, labels: Any, box: Any, mask: Any):
         if not np.isin(kinds, (-1, 0, 1, 2, 3)).all():
             raise ValueError(
                 f"Labels of {owner} must be 1 (foreground), 0 (background), 2 and 3 (box "
-                f"corners) or -1, got {sorted(set(kinds.tolist()))}."
+                f"corners) or -1, got {sorted(set(kinds.tolist()), key=str)}."
             )
     if box is not None:
-        corners = np.asarray(box, np.float32)
+        corners = _numbers(f"box of {owner}", box)
         if corners.size != 4:
             raise ValueError(f"Box of {owner} must be (x0, y0, x1, y1), got {box!r}.")
         rows = np.concatenate([corners.reshape(2, 2), rows])
@@ -307,9 +310,16 @@ def point_rows(owner: str, points: Any, labels: Any, box: Any, mask: Any):
     return rows, kinds.astype(np.int32)
 
 
+def _numbers(what: str, value: Any) -> np.ndarray:
+    try:
+        return np.asarray(value, np.float32)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{what} must be an array of numbers: {error}.") from error
+
+
 def _stack_optional(name: str, entries: Sequence[Any] | None):
     """Stacks maps [h, w] of the objects that have one: [N, h, w] and which are real, or None."""
-    given = [None if e is None else np.asarray(e, np.float32) for e in entries or ()]
+    given = [None if e is None else _numbers(name, e) for e in entries or ()]
     shapes = {e.shape for e in given if e is not None}
     if not shapes:
         return None, None
