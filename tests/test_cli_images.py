@@ -101,6 +101,7 @@ def test_auto(command, checkpoint, tmp_path):
     (out / "0.json").unlink()  # as if it had been stopped there
     before = (out / "1.json").stat().st_mtime_ns
     (folder / "broken.jpg").unlink()
+    call.remove("-q")
     result = command(*call)
     assert result.exit_code == 0, result.output
     assert f"1 of 2 images have results in {out}" in result.output

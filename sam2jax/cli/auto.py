@@ -96,7 +96,7 @@ def auto(
         )
         bar = tqdm(todo, unit=" images", disable=quiet or len(todo) == 1)
         found = [count for path in bar if (count := _process(generator, path, out)) is not None]
-    if found:
+    if found and not quiet:
         typer.echo(f"{sum(found)} masks in {len(found)} images: {out}")
     if found and not sum(found):
         typer.echo(

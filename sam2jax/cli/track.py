@@ -157,8 +157,9 @@ def track(
                 sink(result)
         if explainer is not None and isinstance(clip, Video):
             explainer.write(clip)
-    for path in filter(None, (out, masks, explain)):
-        typer.echo(str(path))
+    if not quiet:
+        for path in filter(None, (out, masks, explain)):
+            typer.echo(str(path))
 
 
 def _run(job: Job, original: bool, quiet: bool) -> Iterator[Result]:
