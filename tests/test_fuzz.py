@@ -15,7 +15,7 @@ from fuzz.readers import READERS
 from fuzz.worker import Unclear, one
 from sam2jax.config import VARIANTS, SAM2Config
 from sam2jax.convert.torch_file import load_torch
-from sam2jax.io.checkpoints import config_from_header
+from sam2jax.io.checkpoints import config_from_header, load_orbax
 from sam2jax.io.images import read_image
 from sam2jax.io.video import open_video
 from sam2jax.training.config import read_config
@@ -221,6 +221,13 @@ def test_readers_refuse_what_is_damaged(name, tmp_path_factory):
         one(name, damaged(case, edits), folder)
 
     read()
+
+
+def test_folders_whose_header_is_no_text(tmp_path):
+    folder = seeds.unpack(b"", tmp_path / "orbax")
+    (folder / "sam2jax.json").write_bytes(b'{"version": 1, "config": \x97}')
+    with pytest.raises(ValueError, match="orbax is damaged"):
+        load_orbax(folder)
 
 
 def test_unclear_refusals_are_told(tmp_path, monkeypatch):

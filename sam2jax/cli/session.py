@@ -44,7 +44,9 @@ Postprocessing = Annotated[
         help="Whether to do as the official builders: fill holes, pick stable masks.",
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Neither a progress bar nor what was written.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Neither a progress bar nor what was written.")
+]
 Policy = Annotated[
     str,
     typer.Option(

@@ -125,7 +125,8 @@ def load_orbax(path: PathLike) -> tuple[dict[str, np.ndarray], SAM2Config]:
 
     path = pathlib.Path(path).absolute()
     tree_path = str(path / _TREE)
-    config = config_from_header((path / HEADER_FILE).read_text(), path.name)
+    text = (path / HEADER_FILE).read_text(encoding="utf-8", errors="replace")
+    config = config_from_header(text, path.name)
     # Asked for by shape and device: otherwise Orbax wants the devices that it was saved from.
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
