@@ -257,9 +257,11 @@ class ClipPrompts(Tree):
 
 def _num_entries(name: str, column: Any) -> int:
     try:
-        return len(column)
-    except TypeError:
-        raise ValueError(f"{name} must have one entry per object, got {column!r}.") from None
+        return len([column[i] for i in range(len(column))])
+    except (TypeError, LookupError):
+        raise ValueError(
+            f"{name} must be a list of one entry per object, got {column!r}."
+        ) from None
 
 
 def _pad(prompts: Prompts, count: int, width: int) -> Prompts:

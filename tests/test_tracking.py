@@ -265,7 +265,8 @@ def test_nothing_to_track_is_refused(params):
         ({"points": [[(1, 2)]], "width": 10**12}, "whole number up to 65536"),
         ({"boxes": [[0, 0, 4, {}]]}, "box of object 0 must be an array of numbers"),
         ({"points": [[(1, 2), (3, 4)]], "labels": [[None, 7]]}, "Labels of object 0"),
-        ({"boxes": 2}, "boxes must have one entry per object, got 2"),
+        ({"boxes": 2}, "boxes must be a list of one entry per object, got 2"),
+        ({"masks": {"a": 1}}, "masks must be a list"),
     ],
 )
 def test_prompts_say_what_is_wrong_with_them(given, message):
