@@ -262,7 +262,7 @@ def test_nothing_to_track_is_refused(params):
         ({"masks": [np.ones((2, 2))], "points": [[(1, 2)]]}, "both"),
         ({"points": [[(1, 2), (3, 4)]], "width": 1}, "too small"),
         ({"points": [[(1, 2)]], "width": float("inf")}, "width must be a whole number"),
-        ({"points": [[(1, 2)]], "width": 10**12}, "whole number up to 65536"),
+        ({"points": [[(1, 2)]], "width": 10**12}, "whole number, 65536 at most"),
         ({"boxes": [[0, 0, 4, {}]]}, "box of object 0 must be an array of numbers"),
         ({"points": [[(1, 2), (3, 4)]], "labels": [[None, 7]]}, "Labels of object 0"),
         ({"boxes": 2}, "boxes must be a list of one entry per object, got 2"),
