@@ -14,7 +14,7 @@ from fuzz import seeds
 
 OPTIONS = (
     *("track", "track-all", "segment", "auto", "train", "eval", "convert", "export", "info"),
-    *("explain", "demo", "--process-id", "--num-processes", "--videos-per-device", "--seed"),
+    *("demo", "--process-id", "--num-processes", "--videos-per-device", "--seed"),
     *("--checkpoint", "--point", "--box", "--mask", "--prompts", "--out", "--masks", "--dtype"),
     *("--image-size", "--reverse", "--policy", "--explain", "--raw", "--quiet", "--config"),
     *("--resume", "--output", "--steps", "--video-list", "--shard", "--score", "--truth", "--to"),

@@ -2,6 +2,8 @@
 
 import importlib.util
 import io
+import json
+import shutil
 import subprocess
 import sys
 
@@ -68,3 +70,39 @@ def test_the_widget_has_what_was_given_and_takes_clicks():
     # What the front end sends when someone clicks.
     widget.set_state({"points": [[10.0, 20.0], [3.0, 4.0]], "labels": [1, 0]})
     assert widget.points[1] == [3.0, 4.0] and widget.labels == [1, 0]
+
+
+# A browser's parts that the widget uses: a canvas of half the picture's size, 10 and 20 pixels in.
+_PAGE = """
+const on = {}, state = { points: [], labels: [], png: new Uint8Array(), color: "red" };
+const canvas = { style: {}, addEventListener: (name, call) => (on[name] = call),
+  getBoundingClientRect: () => ({ left: 10, top: 20, width: 50, height: 40 }),
+  getContext: () => new Proxy({}, { get: () => () => {}, set: () => true }) };
+globalThis.document = { createElement: () => canvas };
+globalThis.Image = class { set src(_) { this.width = 100; this.height = 80; this.onload(); } };
+URL.createObjectURL = () => "blob:";
+const model = { get: (key) => state[key], set: (key, value) => (state[key] = value),
+  save_changes: () => console.log(JSON.stringify([state.points, state.labels])), on: () => {} };
+const widget = await import("./widget.mjs");
+widget.default.render({ model, el: { appendChild: () => {} } });
+for (const [clientX, clientY, shiftKey] of [[35, 40, false], [15, 25, true], [35, 40, false]])
+  on.click({ clientX, clientY, shiftKey });
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
+def test_clicks_in_the_page(tmp_path):
+    """A click adds a point, one with shift a point of the background; on a point, it takes it."""
+    pytest.importorskip("anywidget")
+    from sam2jax.io.click_widget import _SCRIPT
+
+    (tmp_path / "widget.mjs").write_text(_SCRIPT)
+    (tmp_path / "page.mjs").write_text(_PAGE)
+    done = subprocess.run(
+        ["node", "page.mjs"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        [[[50, 40]], [1]],
+        [[[50, 40], [10, 10]], [1, 0]],
+        [[[10, 10]], [0]],
+    ]

@@ -45,7 +45,7 @@ Postprocessing = Annotated[
     ),
 ]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Neither a progress bar nor what was written.")
+    bool, typer.Option("--quiet", "-q", help="No progress bar, nor names of the files written.")
 ]
 Policy = Annotated[
     str,
