@@ -12,6 +12,7 @@ from sam2jax.ops import attention as attention_ops
 from sam2jax.ops.attention import attention
 from sam2jax.ops.conv import conv, depthwise_conv, upsample_conv
 from sam2jax.ops.flash import flash_attention
+from sam2jax.ops.linear import ROWS, linear
 from sam2jax.ops.masks import fill_holes, non_overlapping, stability_score
 from sam2jax.ops.resize import preprocess_image, resize_bilinear, resize_masks
 from sam2jax.ops.rope import rope_table, rotate, split_pairs
@@ -134,12 +135,18 @@ def test_depthwise_convolution_equals_the_grouped_one():
 
 
 @pytest.mark.parametrize(
-    "size, stride, padding, height", [(3, 2, 1, 8), (3, 2, 1, 7), (7, 4, 3, 16), (4, 4, 0, 8)]
+    "size, stride, padding, height",
+    [(3, 2, 1, 8), (3, 2, 1, 7), (7, 4, 3, 16), (4, 4, 0, 8), (4, 4, 0, 9)],
 )
 @pytest.mark.parametrize("dtype, atol", [(jnp.float32, 1e-5), (jnp.bfloat16, 0.03)])
+@pytest.mark.parametrize("platform", ["cpu", "default"])
 def test_a_convolution_has_the_gradient_of_its_definition(
-    size, stride, padding, height, dtype, atol
+    monkeypatch, size, stride, padding, height, dtype, atol, platform
 ):
+    def lowered_for(*given, **ways):
+        return ways[platform](*given)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", lowered_for)
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (2, height, height, 3))
     kernel = jax.random.normal(keys[1], (size, size, 3, 5)) / size
@@ -160,9 +167,27 @@ def test_a_convolution_has_the_gradient_of_its_definition(
                 y = y + jnp.einsum("bhwi,io->bhwo", seen, kernel[i, j], precision="highest")
         return jnp.sum(jnp.sin(y))
 
+    np.testing.assert_allclose(ours(x, kernel, bias), defined(x, kernel, bias), rtol=atol)
     found = jax.grad(ours, (0, 1, 2))(x, kernel, bias)
     for one, other in zip(found, jax.grad(defined, (0, 1, 2))(x, kernel, bias), strict=True):
         np.testing.assert_allclose(one, other, atol=atol * float(jnp.max(jnp.abs(other))))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2 * ROWS, 8), (3, 4, ROWS // 2, 8), (2 * ROWS + 1, 8)])
+def test_a_product_in_bfloat16_has_the_gradient_of_one_in_float32(shape):
+    x, kernel = normal(0, *shape), normal(1, shape[-1], 6) / shape[-1]
+    weights = normal(2, *shape[:-1], 6)  # of which each has a gradient of its own
+    x, kernel, weights = (t.astype(jnp.bfloat16).astype(jnp.float32) for t in (x, kernel, weights))
+
+    def total(x, kernel, dtype):
+        y = linear(x, kernel, None, dtype).astype(jnp.float32)
+        return jnp.sum(y * weights)
+
+    expected = jax.grad(total, (0, 1))(x, kernel, jnp.float32)
+    found = jax.grad(total, (0, 1))(x, kernel, jnp.bfloat16)
+    assert found[1].dtype == jnp.float32  # sums are not rounded
+    np.testing.assert_allclose(found[0], expected[0], atol=0.01 * np.abs(expected[0]).max())
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-5 * np.abs(expected[1]).max())
 
 
 def test_upsampling_convolution_puts_each_pixel_in_its_own_patch():

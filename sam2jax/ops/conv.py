@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sam2jax.ops.linear import einsum, linear, precision
+from sam2jax.ops.linear import einsum, linear, precision, product
 from sam2jax.types import Array
 
 
@@ -17,14 +17,14 @@ def conv(
     x: Array, kernel: Array, bias: Array, *, stride: int, padding: int, dtype: jnp.dtype
 ) -> Array:
     """Convolution with a [kh, kw, I, O] kernel and the same zero padding on every side."""
-    y: Any = _convolve(x.astype(dtype), kernel.astype(dtype), stride, padding)
+    y: Any = _convolve(x.astype(dtype), kernel, stride, padding)
     return (y + bias.reshape(1, 1, 1, -1)).astype(dtype)
 
 
-def _plain_convolve(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+def _library_convolve(x: Array, kernel: Array, stride: int, padding: int) -> Array:
     return lax.conv_general_dilated(
         x,
-        kernel,
+        kernel.astype(x.dtype),
         window_strides=(stride, stride),
         padding=((padding, padding), (padding, padding)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -33,32 +33,62 @@ def _plain_convolve(x: Array, kernel: Array, stride: int, padding: int) -> Array
     )
 
 
-# On a CPU the kernel's gradient is a product for each of its cells: XLA's own takes a hundred times
-# as long there.
-_convolve = jax.custom_vjp(_plain_convolve, nondiff_argnums=(2, 3))
+def _convolve_as_product(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+    """Pixels become cells of `stride` x `stride`, and each kernel reaches over a few of them."""
+    (batch, height, width, channels), (size, _, _, features) = x.shape, kernel.shape
+    reach = -(-size // stride)  # cells
+    out_height, out_width = (1 + (n + 2 * padding - size) // stride for n in (height, width))
+    rows, columns = out_height + reach - 1, out_width + reach - 1
+    below, right = stride * rows - padding - height, stride * columns - padding - width
+    sides = (0, 0, 0), (padding, below, 0), (padding, right, 0), (0, 0, 0)
+    x = lax.pad(x, jnp.zeros((), x.dtype), sides)
+    x = x.reshape(batch, rows, stride, columns, stride * channels).swapaxes(2, 3)
+    x = x.reshape(batch, rows, columns, -1)
+    corners = [(i, j) for i in range(reach) for j in range(reach)]
+    x = jnp.concatenate([x[:, i : i + out_height, j : j + out_width] for i, j in corners], -1)
+    rest = (0, reach * stride - size)
+    kernel = jnp.pad(kernel, (rest, rest, (0, 0), (0, 0)))
+    kernel = kernel.reshape(reach, stride, reach, stride, channels, features).swapaxes(1, 2)
+    return product(x, kernel.reshape(-1, features))
+
+
+# XLA's own kernel gradients take a hundred times as long on a CPU as a product for each cell of the
+# kernel. On a GPU cuDNN is slow with as few channels as there are here, forward and backward.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+    """[B, H, W, I] -> [B, H', W', O] float32; the kernel is rounded to what `x` is in."""
+    options = {"stride": stride, "padding": padding}
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(_library_convolve, **options),
+        default=functools.partial(_convolve_as_product, **options),
+    )
 
 
 def _convolve_forward(x: Array, kernel: Array, stride: int, padding: int):
-    return _plain_convolve(x, kernel, stride, padding), (x, kernel)
+    return _convolve(x, kernel, stride, padding), (x, kernel)
 
 
 def _convolve_backward(
     stride: int, padding: int, residuals: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
-    x, kernel = residuals
-    gradient = gradient.astype(x.dtype)
+    def of_library(x: Array, kernel: Array, gradient: Array):
+        def by_x(x: Array) -> Array:
+            return _library_convolve(x, kernel, stride, padding).astype(gradient.dtype)
 
-    def by_x(x: Array) -> Array:
-        return _plain_convolve(x, kernel, stride, padding).astype(gradient.dtype)
+        for_kernel = _kernel_gradient(x, gradient, kernel.shape[0], stride, padding)
+        return jax.vjp(by_x, x)[1](gradient)[0], for_kernel.astype(kernel.dtype)
 
-    def by_kernel(kernel: Array) -> Array:
-        return _plain_convolve(x, kernel, stride, padding).astype(gradient.dtype)
+    def of_product(x: Array, kernel: Array, gradient: Array):
+        way = functools.partial(_convolve_as_product, stride=stride, padding=padding)
+        return jax.vjp(way, x, kernel)[1](gradient.astype(jnp.float32))
 
-    for_kernel = lax.platform_dependent(
-        cpu=lambda: _kernel_gradient(x, gradient, kernel.shape[0], stride, padding),
-        default=lambda: jax.vjp(by_kernel, kernel)[1](gradient)[0].astype(jnp.float32),
-    )
-    return jax.vjp(by_x, x)[1](gradient)[0], for_kernel.astype(kernel.dtype)
+    gradient = gradient.astype(residuals[0].dtype)
+    return lax.platform_dependent(*residuals, gradient, cpu=of_library, default=of_product)
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _kernel_gradient(x: Array, gradient: Array, size: int, stride: int, padding: int) -> Array:
@@ -73,9 +103,6 @@ def _kernel_gradient(x: Array, gradient: Array, size: int, stride: int, padding:
 
     cells = lax.map(cell, jnp.arange(size**2, dtype=jnp.int32))
     return cells.reshape(size, size, *cells.shape[1:])
-
-
-_convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def depthwise_conv(x: Array, kernel: Array, bias: Array, dtype: jnp.dtype) -> Array:

@@ -98,7 +98,8 @@ def clip_losses(
       key: random, for prompts and dropout.
       prompt_config, loss_config: as in training.
       remat: compute a frame's intermediate values again for its gradient, so that the memory
-        needed for a clip is that for one frame, and a bank for each.
+        needed for a clip is that for one frame, and a bank for each. Without it frames are encoded
+        together, ahead of the others' steps.
 
     Returns:
       Losses [T, N], summed over the answers on a frame, and the IoU [T, N] of its last answer; in
@@ -116,13 +117,30 @@ def clip_losses(
         )
     )
 
-    def body(state: TrackState, item: FrameItem):
+    def encode(pixels: Array, key: Array) -> ImageFeatures:
+        images = preprocess_image(pixels, model.config.image_size)
+        return segment.run_model(model, params, "encode_image", images, dropout=key)
+
+    def body(state: TrackState, inputs: tuple[FrameItem, ImageFeatures | None]):
+        item, features = inputs
+        if features is None:
+            features = encode(item.pixels[None], item.dropout_key)
         return _track_frame(
-            model, params, state, item, prompt_config, loss_config, remat, last=num_frames == 1
+            model,
+            params,
+            state,
+            item,
+            features,
+            prompt_config,
+            loss_config,
+            remat,
+            last=num_frames == 1,
         )
 
-    items = frame_items(frames, masks, plan, key)
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, state, items)[1]
+    items, encoded = frame_items(frames, masks, plan, key), None
+    if not remat:  # all frames at once; what each keeps for its gradient is kept anyway
+        encoded = jax.tree.map(lambda x: x[:, None], encode(items.pixels, key))
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, state, (items, encoded))[1]
 
 
 def frame_items(frames: Array, masks: Array, plan: Plan, key: Array) -> FrameItem:
@@ -145,19 +163,30 @@ def frame_items(frames: Array, masks: Array, plan: Plan, key: Array) -> FrameIte
 
 
 def _track_frame(
-    model, params, state, item: FrameItem, prompt_config, loss_config, remat, *, last: bool
+    model,
+    params,
+    state,
+    item: FrameItem,
+    features: ImageFeatures,
+    prompt_config,
+    loss_config,
+    remat,
+    *,
+    last: bool,
 ):
     config, direction = model.config, jnp.int32(FORWARD)
     run = partial(segment.run_model, model, params, dropout=item.dropout_key)
-    features = run("encode_image", preprocess_image(item.pixels[None], config.image_size))
     state = state.replace(frame_index=item.index)
 
+    # With `remat` all of the frame is computed again, and without it the widest arrays.
+    again = (lambda box: box) if remat else jax.checkpoint
+    recall = again(lambda features, read: run("condition_on_memory", features, read))
     conditioned = jax.lax.cond(
         item.conditioning,
         lambda: _without_memory(run, features, item),
-        lambda: run(
-            "condition_on_memory", features.features, _read_banks(config, state, direction)
-        ).astype(jnp.float32),
+        lambda: recall(features.features, _read_banks(config, state, direction)).astype(
+            jnp.float32
+        ),
     )
     first = _fed_mask(run, first_prompts(item))
 
@@ -190,7 +219,8 @@ def _track_frame(
         keep = item.conditioning
         if prompt_config.corrected_as_cond:
             keep = keep | item.corrected
-        state = _remember(run, config, state, features, shown, keep, direction)
+        encode = again(lambda *given: run("encode_memory", *given))
+        state = _remember(encode, config, state, features, shown, keep, direction)
     return state, (losses, mask_iou(shown.high_res > 0, item.target))
 
 
@@ -270,16 +300,20 @@ def _show(
     answer = segment.answer_with_mask(run, answer, jnp.asarray(prompts.mask), given)
     as_logits = jnp.asarray(prompts.mask) * segment.MASK_SCALE + segment.MASK_BIAS
     high_res = jnp.where(given[:, None, None], as_logits, resize_masks(answer.masks, size))
-    compare = partial(prediction_losses, loss_config)
+
+    # Of masks at full size nothing is kept for the gradient: they are the largest arrays by far.
+    @jax.checkpoint
+    def compare(masks: Array, ious: Array, score: Array) -> Losses:
+        masks = jnp.where(given[:, None, None, None], as_logits[:, None], resize_masks(masks, size))
+        return prediction_losses(loss_config, masks, ious, score, item.target)
 
     def alternatives() -> Losses:
         present = (candidates.object_score > 0)[:, None, None, None]
         masks = jnp.where(present, candidates.masks[:, 1:], NO_OBJ_SCORE)
-        score = candidates.object_score
-        return compare(resize_masks(masks, size), candidates.ious[:, 1:], score, item.target)
+        return compare(masks, candidates.ious[:, 1:], candidates.object_score)
 
     def single() -> Losses:
-        return compare(high_res[:, None], answer.iou[:, None], answer.object_score, item.target)
+        return compare(answer.masks[:, None], answer.iou[:, None], answer.object_score)
 
     # The same for all objects of a frame.
     points = prompts.num_points[0]
@@ -288,13 +322,13 @@ def _show(
     return Shown(answer=answer, high_res=high_res, prompts=prompts), losses
 
 
-def _remember(run, config, state, features, shown: Shown, conditioning, direction) -> TrackState:
+def _remember(encode, config, state, features, shown: Shown, conditioning, direction) -> TrackState:
     answer = shown.answer
     weights = jax.nn.sigmoid(shown.high_res) * segment.MEMORY_SCALE + segment.MEMORY_BIAS
     count = state.num_objects
     memory = FrameMemory(
         frame=jnp.broadcast_to(state.frame_index, (count,)),
-        spatial=run("encode_memory", features.features, weights, answer.object_score),
+        spatial=encode(features.features, weights, answer.object_score),
         pointer=answer.pointer,
         iou=answer.iou,
         object_score=answer.object_score,
