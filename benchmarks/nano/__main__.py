@@ -23,7 +23,7 @@ from sam2jax.training.config import read_config
 from sam2jax.training.loop import CHECKPOINTS, MODEL_FILE
 
 HERE = pathlib.Path(__file__).parent
-STAGES = ("image", "clips", "long", "full", "wide")
+STAGES = ("image", "clips", "long", "full", "wide", "deep")
 
 
 def run(stage: str) -> pathlib.Path:
