@@ -13,7 +13,7 @@ python -m benchmarks [SECTION ...] [options], or `sam2jax bench`. Sections:
 Times are medians of paired runs; ratio is official over ours, above 1 ours is faster; share is of
 the rate that the device reaches in one large matrix product. Answers are compared before a time is
 believed. The official package needs the parity extra; where it is missing ours is timed alone. A
-table is printed and results/SECTION-VARIANT-SIZE-DTYPE-DEVICE.json written.
+table is printed and results/SECTION-VARIANT-SIZE-DTYPE-DEVICE[-compiled].json written.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chip = re.sub(r"\W+", "-", device.lower()).strip("-")
     names = "+".join(settings.variants)
     slug = f"{names}-{settings.first.image_size}-{settings.dtype}-{chip}"
+    slug += "-compiled" * settings.compiled
     for section in sections or SECTIONS:
         rows = []
         for row in importlib.import_module(f"benchmarks.{section}").rows(settings):
