@@ -139,7 +139,7 @@ def clip_losses(
 
     items, encoded = frame_items(frames, masks, plan, key), None
     if not remat:  # all frames at once; what each keeps for its gradient is kept anyway
-        encoded = jax.tree.map(lambda x: x[:, None], encode(items.pixels, key))
+        encoded = jax.tree.map(lambda x: x[:, None], encode(items.pixels, items.dropout_key[0]))
     return jax.lax.scan(jax.checkpoint(body) if remat else body, state, (items, encoded))[1]
 
 
