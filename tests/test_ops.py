@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
+import scipy.special
 
 from sam2jax.ops import attention as attention_ops
 from sam2jax.ops.attention import attention
 from sam2jax.ops.conv import conv, depthwise_conv, upsample_conv
 from sam2jax.ops.flash import flash_attention
-from sam2jax.ops.linear import ROWS, linear
+from sam2jax.ops.linear import ROWS, gelu, linear, rounded_einsum
 from sam2jax.ops.masks import fill_holes, non_overlapping, stability_score
 from sam2jax.ops.resize import preprocess_image, resize_bilinear, resize_masks
 from sam2jax.ops.rope import rope_table, rotate, split_pairs
@@ -150,7 +151,7 @@ def test_a_convolution_has_the_gradient_of_its_definition(
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (2, height, height, 3))
     kernel = jax.random.normal(keys[1], (size, size, 3, 5)) / size
-    bias = jax.random.normal(keys[2], (5,))
+    bias = jax.random.normal(keys[2], (5,)).astype(jnp.bfloat16).astype(jnp.float32)
 
     def ours(x, kernel, bias):
         y = conv(x, kernel, bias, stride=stride, padding=padding, dtype=dtype)
@@ -167,10 +168,65 @@ def test_a_convolution_has_the_gradient_of_its_definition(
                 y = y + jnp.einsum("bhwi,io->bhwo", seen, kernel[i, j], precision="highest")
         return jnp.sum(jnp.sin(y))
 
-    np.testing.assert_allclose(ours(x, kernel, bias), defined(x, kernel, bias), rtol=atol)
+    # A sum, most of whose terms cancel.
+    np.testing.assert_allclose(ours(x, kernel, bias), defined(x, kernel, bias), atol=4 * atol)
     found = jax.grad(ours, (0, 1, 2))(x, kernel, bias)
     for one, other in zip(found, jax.grad(defined, (0, 1, 2))(x, kernel, bias), strict=True):
         np.testing.assert_allclose(one, other, atol=atol * float(jnp.max(jnp.abs(other))))
+
+
+@pytest.fixture(params=["cpu", "default"])
+def lowered_for(monkeypatch, request):
+    """What is lowered for a CPU, and what for everything else."""
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *given, **ways: ways[request.param](*given)
+    )
+
+
+def test_what_is_rounded_on_accelerators_equals_what_is_on_cpus(lowered_for):
+    x, kernel, bias = normal(0, 6, 8), normal(1, 8, 5), normal(2, 5)
+    exact, half = linear(x, kernel, bias, jnp.float32), jnp.bfloat16
+    np.testing.assert_allclose(linear(x, kernel, bias, half).astype("float32"), exact, atol=0.05)
+    expected = np.einsum("ti,io->ot", x, kernel)
+    found = rounded_einsum("ti,io->ot", x.astype(half), kernel.astype(half))
+    assert found.dtype == half
+    np.testing.assert_allclose(found.astype("float32"), expected, atol=0.05)
+    field, weights = normal(3, 1, 9, 11, 6), normal(4, 7, 7, 6)
+    grouped = jax.lax.conv_general_dilated(
+        field,
+        weights[:, :, None],
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=6,
+    )
+    depthwise = depthwise_conv(field, weights, jnp.zeros(6), jnp.float32)
+    np.testing.assert_allclose(depthwise, grouped, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype, atol", [(jnp.float32, 1e-6), (jnp.bfloat16, 0.02)])
+def test_gelu_and_its_slope(lowered_for, dtype, atol):
+    x = jnp.linspace(-6, 6, 101).astype(dtype)
+    wide = np.asarray(x, np.float64)
+    share = (1 + scipy.special.erf(wide / np.sqrt(2))) / 2
+    np.testing.assert_allclose(gelu(x).astype("float32"), wide * share, atol=atol)
+    slope = share + wide * np.exp(-(wide**2) / 2) / np.sqrt(2 * np.pi)
+    found = jax.grad(lambda x: jnp.sum(gelu(x).astype(jnp.float32)))(x)
+    np.testing.assert_allclose(found.astype("float32"), slope, atol=4 * atol)
+    tangent = jax.jvp(gelu, (x,), (jnp.ones_like(x),))[1]
+    np.testing.assert_allclose(tangent.astype("float32"), slope, atol=4 * atol)
+
+
+def test_a_rounded_einsum_has_its_gradient(lowered_for):
+    one, other = (normal(i, 4, 6).astype(jnp.bfloat16) for i in (0, 1))
+
+    def total(way, dtype):
+        given = one.astype(dtype), other.astype(dtype)
+        return jax.grad(lambda *p: jnp.sum(jnp.sin(way("ti,tj->ij", *p).astype("float32"))))(*given)
+
+    expected = total(jnp.einsum, jnp.float32)
+    found = total(rounded_einsum, jnp.bfloat16)
+    np.testing.assert_allclose(found.astype("float32"), expected, atol=0.1)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2 * ROWS, 8), (3, 4, ROWS // 2, 8), (2 * ROWS + 1, 8)])

@@ -215,6 +215,12 @@ def test_bfloat16_computes_and_answers_in_float32(params):
     state, _ = sam2jax.step(model, params, state, clip(LENGTH)[0], FIRST)
     _, out = sam2jax.step(model, params, state, clip(LENGTH)[1], NOTHING)
     assert out.masks.dtype == jnp.float32 and bool(jnp.isfinite(out.masks).all())
+    rounded = sam2jax.round_params(model, params)
+    _, same = sam2jax.step(model, rounded, state, clip(LENGTH)[1], NOTHING)
+    jax.tree.map(np.testing.assert_array_equal, same, out)
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(p)) for p in (params, rounded)]
+    assert sizes[1] < 0.6 * sizes[0]
+    assert sam2jax.round_params(MODEL, params) is params
 
 
 @pytest.mark.parametrize(

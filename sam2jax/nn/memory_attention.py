@@ -107,9 +107,9 @@ class RoPEAttention(nn.Module):
             kernel=self.config.kernels,
         )
         out = out.reshape(-1, heads, *out.shape[1:])
-        kernel = kernel.reshape(self.in_features, heads, -1)
-        projected = [linear(out[:, h], kernel[:, h], None, dtype) for h in range(heads)]
-        return self.out_proj(jnp.concatenate(projected, axis=-1) + bias.reshape(1, 1, -1))
+        kernel, bias = kernel.reshape(self.in_features, heads, -1), bias.reshape(heads, -1)
+        projected = [linear(out[:, h], kernel[:, h], bias[h], dtype) for h in range(heads)]
+        return self.out_proj(jnp.concatenate(projected, axis=-1))
 
     def attend_self(self, x: Array) -> Array:
         """[N, HW, C] -> [N, HW, C]."""

@@ -8,6 +8,7 @@ everything else is objects.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -210,3 +211,25 @@ def init_params(config: SAM2Config, key: Array) -> Any:
     """Random parameters, as a plain nested dict of float32 arrays."""
     images = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
     return SAM2(config).lazy_init(key, images)["params"]
+
+
+def round_params(model: SAM2, params: Any) -> Any:
+    """Kernels and biases as a bfloat16 model computes with them, rounded once and for all.
+
+    Answers stay the same; a frame is spared some 300 small casts, which take a GPU a tenth of its
+    time. For inference: gradients would be summed in bfloat16, too. The parameters of a float32
+    model are returned as they are.
+    """
+    if model.config.dtype == "float32":
+        return params
+
+    def rounded(tree: Any) -> Any:
+        if "kernel" in tree:
+            return {name: jnp.asarray(leaf, model.config.dtype) for name, leaf in tree.items()}
+        return {k: rounded(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+
+    return {k: rounded(v) if k in _ROUNDED else v for k, v in params.items()}
+
+
+# The mask decoder multiplies some of its small kernels with each other, exactly.
+_ROUNDED = ("image_encoder", "memory_attention", "memory_encoder")

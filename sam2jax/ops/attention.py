@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sam2jax.ops.linear import einsum
+from sam2jax.ops.linear import einsum, rounded_einsum
 from sam2jax.types import Array
 
 BLOCK = 1024  # keys at a time
@@ -63,7 +63,7 @@ def attention(
     if mask is not None:
         scores = jnp.where(mask[:, None, :], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return einsum("btk,bke->bte", weights, value).astype(value.dtype)
+    return rounded_einsum("btk,bke->bte", weights, value)
 
 
 def _num_blocks(length: Array, block: int) -> Array:

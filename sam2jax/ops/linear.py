@@ -6,8 +6,11 @@ passes); bfloat16 does what autocast does, with float32 accumulation.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sam2jax.types import Array
@@ -30,12 +33,41 @@ def einsum(subscripts: str, *operands: Array) -> Array:
     )
 
 
+def rounded_einsum(subscripts: str, *operands: Array) -> Array:
+    """`einsum` with its result in the dtype of the operands."""
+    if operands[0].dtype == jnp.float32:
+        return einsum(subscripts, *operands)
+    return _rounded_einsum(subscripts, *operands)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rounded_einsum(subscripts: str, *operands: Array) -> Array:
+    def at_once(*operands: Array) -> Array:
+        dtype = operands[0].dtype
+        return jnp.einsum(subscripts, *operands, preferred_element_type=dtype)
+
+    # On accelerators the sums, which are in float32, never reach memory.
+    last = functools.partial(_einsum_then_rounded, subscripts)
+    return lax.platform_dependent(*operands, cpu=last, default=at_once)
+
+
+def _einsum_then_rounded(subscripts: str, *operands: Array) -> Array:
+    return einsum(subscripts, *operands).astype(operands[0].dtype)
+
+
+_rounded_einsum.defvjp(
+    lambda subscripts, *operands: (_rounded_einsum(subscripts, *operands), operands),
+    lambda subscripts, operands, gradient: jax.vjp(
+        functools.partial(_einsum_then_rounded, subscripts), *operands
+    )[1](gradient),
+)
+
+
 def linear(x: Array, kernel: Array, bias: Array | None, dtype: jnp.dtype) -> Array:
     """Affine map of the last axis: [..., I] x [I, O] -> [..., O] in `dtype`."""
-    y = product(x.astype(dtype), kernel)
-    if bias is not None:
-        y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
-    return y.astype(dtype)
+    if dtype != jnp.float32:
+        return _narrow_linear(x.astype(dtype), kernel, bias)
+    return _added(_product(x.astype(dtype), kernel), bias)
 
 
 def product(x: Array, kernel: Array) -> Array:
@@ -43,18 +75,53 @@ def product(x: Array, kernel: Array) -> Array:
     return _product(x, kernel) if x.dtype == jnp.float32 else _narrow_product(x, kernel)
 
 
-def _product(x: Array, kernel: Array) -> Array:
+def _product(x: Array, kernel: Array, dtype: jnp.dtype = jnp.float32) -> Array:
     return lax.dot_general(
         x,
         kernel.astype(x.dtype),
         (((x.ndim - 1,), (0,)), ((), ())),
         precision=precision(x.dtype),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=dtype,
     )
 
 
-# Derived automatically its gradient would be of float32 factors, and the kernel's one long sum.
-_narrow_product = jax.custom_vjp(_product)
+def _added(y: Array, bias: Array | None) -> Array:
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+
+
+# Derived automatically gradients would be of float32 factors, and the kernel's one long sum.
+@jax.custom_vjp
+def _narrow_linear(x: Array, kernel: Array, bias: Array | None) -> Array:
+    def last(x: Array, kernel: Array, bias: Array | None) -> Array:
+        return _added(_product(x, kernel), bias).astype(x.dtype)
+
+    def at_once(x: Array, kernel: Array, bias: Array | None) -> Array:
+        return _added(_product(x, kernel, x.dtype), bias)
+
+    bias = None if bias is None else bias.astype(x.dtype)
+    # As in `_rounded_einsum`.
+    return lax.platform_dependent(x, kernel, bias, cpu=last, default=at_once)
+
+
+def _narrow_linear_forward(x: Array, kernel: Array, bias: Array | None):
+    return _narrow_linear(x, kernel, bias), (x, kernel, bias)
+
+
+def _narrow_linear_backward(residuals: tuple[Array, Array, Array | None], gradient: Array):
+    x, kernel, bias = residuals
+    by_bias = None
+    if bias is not None:
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        by_bias = jnp.sum(rows, axis=0, dtype=jnp.float32).reshape(bias.shape).astype(bias.dtype)
+    return *_narrow_product_backward((x, kernel), gradient), by_bias
+
+
+_narrow_linear.defvjp(_narrow_linear_forward, _narrow_linear_backward)
+
+
+@jax.custom_vjp
+def _narrow_product(x: Array, kernel: Array) -> Array:
+    return _product(x, kernel)
 
 
 def _narrow_product_forward(x: Array, kernel: Array):
@@ -64,7 +131,7 @@ def _narrow_product_forward(x: Array, kernel: Array):
 def _narrow_product_backward(residuals: tuple[Array, Array], gradient: Array):
     x, kernel = residuals
     gradient = gradient.astype(x.dtype)  # which it was in when it came
-    by_x = _product(gradient, kernel.T).astype(x.dtype)
+    by_x = _narrow_linear(gradient, kernel.T, None)
     return by_x, _by_kernel(x, gradient).astype(kernel.dtype)
 
 
@@ -93,6 +160,23 @@ def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
     return centred * lax.rsqrt(variance + eps) * scale.reshape(shape) + bias.reshape(shape)
 
 
+@jax.custom_jvp
 def gelu(x: Array) -> Array:
     """The exact (erf) GELU, PyTorch's default."""
+
+    def by_erf(x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        return (0.5 * wide * (1.0 + lax.erf(wide * np.sqrt(0.5)))).astype(x.dtype)
+
+    # On a CPU the complement is faster as XLA takes it, on accelerators a third of the work.
+    return lax.platform_dependent(x, cpu=_gelu_by_erfc, default=by_erf)
+
+
+def _gelu_by_erfc(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=False)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # Of the platforms' ways one, or both would keep what they need for the gradient.
+    return gelu(*primals), jax.jvp(_gelu_by_erfc, primals, tangents)[1]
