@@ -44,6 +44,8 @@ def runner(config: SAM2Config, run: Callable[[], Any]) -> Callable[[], Any]:
     """`run` as something to be timed: it returns when the device is done."""
 
     def timed() -> Any:
+        # What an earlier call returned from CUDA graphs is no longer needed.
+        torch.compiler.cudagraph_mark_step_begin()
         with running(config):
             answer = run()
         if DEVICE == "cuda":

@@ -12,7 +12,7 @@ import scipy.special
 from sam2jax.ops import attention as attention_ops
 from sam2jax.ops.attention import attention
 from sam2jax.ops.conv import conv, depthwise_conv, upsample_conv
-from sam2jax.ops.flash import flash_attention
+from sam2jax.ops.flash import flash_attention, window_attention
 from sam2jax.ops.linear import ROWS, gelu, linear, rounded_einsum
 from sam2jax.ops.masks import fill_holes, non_overlapping, stability_score
 from sam2jax.ops.resize import preprocess_image, resize_bilinear, resize_masks
@@ -83,10 +83,30 @@ def test_the_kernel_for_gpus_equals_blocks_of_keys(lengths):
         assert "triton" in program.lower(lowering_platforms=("cuda",)).as_text()
 
 
+# Tokens and channels that are no powers of two, several heads, more than one block of queries.
+@pytest.mark.parametrize("tokens, heads, channels", [(16, 2, 24), (49, 3, 16), (196, 1, 72)])
+def test_attention_in_windows_is_that_of_heads(tokens, heads, channels):
+    qkv = normal(0, 3, tokens, 3 * heads * channels).astype(jnp.bfloat16)
+    expected = attention_ops._by_heads(qkv.astype(jnp.float32), heads, False)
+    for found in (
+        window_attention(qkv, heads, interpret=True),
+        attention_ops.self_attention(qkv, heads),
+    ):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found.astype("float32"), expected, atol=2e-2)
+
+    def total(qkv):
+        return jnp.sum(jnp.sin(attention_ops.self_attention(qkv, heads).astype(jnp.float32)))
+
+    expected = jax.grad(total)(qkv.astype(jnp.float32))
+    found = jax.grad(total)(qkv).astype("float32")
+    np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
+
+
 def test_a_jax_without_the_kernels_language_takes_blocks(monkeypatch):
-    assert attention_ops._kernel_of_gpus() is flash_attention
+    assert attention_ops._kernels_of_gpus().flash_attention is flash_attention
     monkeypatch.setitem(sys.modules, "sam2jax.ops.flash", None)
-    assert attention_ops._kernel_of_gpus() is None
+    assert attention_ops._kernels_of_gpus() is None
     given = [normal(i, 2, 140, 24).astype(jnp.bfloat16) for i in range(3)]
     out = attention_ops._blockwise(*given, jnp.full(2, 140, jnp.int32), True)
     expected, _ = attention_ops._row_by_row(*given, jnp.full(2, 140, jnp.int32))

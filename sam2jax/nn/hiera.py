@@ -13,10 +13,8 @@ from sam2jax.nn.layers import (
     Linear,
     drop_path,
     embedding_init,
-    fold_heads,
-    unfold_heads,
 )
-from sam2jax.ops.attention import attention
+from sam2jax.ops.attention import attention, fold_heads, self_attention, unfold_heads
 from sam2jax.ops.conv import max_pool_2x2
 from sam2jax.ops.linear import gelu
 from sam2jax.ops.resize import resize_bicubic
@@ -39,15 +37,18 @@ class MultiScaleAttention(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         batch, height, width, _ = x.shape
-        query, key, value = jnp.split(self.qkv(x), 3, axis=-1)
-        if self.pool:
-            query, height, width = max_pool_2x2(query), height // 2, width // 2
+        qkv = self.qkv(x)
+        if not self.pool:
+            qkv = qkv.reshape(batch, height * width, -1)
+            out = self_attention(qkv, self.num_heads, kernel=self.kernels)
+            return self.proj(out).reshape(batch, height, width, self.features)
+        query, key, value = jnp.split(qkv, 3, axis=-1)
         query, key, value = (
             fold_heads(t.reshape(batch, -1, self.features), self.num_heads)
-            for t in (query, key, value)
+            for t in (max_pool_2x2(query), key, value)
         )
         out = unfold_heads(attention(query, key, value, kernel=self.kernels), self.num_heads)
-        return self.proj(out).reshape(batch, height, width, self.features)
+        return self.proj(out).reshape(batch, height // 2, width // 2, self.features)
 
 
 class MultiScaleBlock(nn.Module):

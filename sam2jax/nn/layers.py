@@ -144,16 +144,3 @@ def _dropped(module: nn.Module, x: Array, rate: float, shape: tuple[int, ...]) -
         return x
     kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, shape)
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
-
-
-def fold_heads(x: Array, num_heads: int) -> Array:
-    """[B, T, heads * d] -> [B * heads, T, d]."""
-    batch, tokens, width = x.shape
-    x = x.reshape(batch, tokens, num_heads, width // num_heads)
-    return x.transpose(0, 2, 1, 3).reshape(batch * num_heads, tokens, -1)
-
-
-def unfold_heads(x: Array, num_heads: int) -> Array:
-    """[B * heads, T, d] -> [B, T, heads * d]."""
-    x = x.reshape(-1, num_heads, *x.shape[1:]).transpose(0, 2, 1, 3)
-    return x.reshape(*x.shape[:2], -1)

@@ -15,13 +15,14 @@ from sam2jax.nn.layers import (
     Linear,
     Projection,
     UpsampleConv,
-    fold_heads,
     token_init,
-    unfold_heads,
 )
-from sam2jax.ops.attention import MASKED, attention
+from sam2jax.ops.attention import MASKED, attention, fold_heads, unfold_heads
 from sam2jax.ops.linear import einsum, gelu, linear
 from sam2jax.types import Array, MaskCandidates
+
+# Modules whose small kernels are multiplied with each other, exactly.
+EXACT = ("cross_attn_token_to_image", "cross_attn_image_to_token", "final_attn_token_to_image")
 
 
 class Attention(nn.Module):

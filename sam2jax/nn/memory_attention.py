@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from sam2jax.config import SAM2Config
-from sam2jax.nn.layers import LayerNorm, Linear, Projection, dropout, fold_heads
-from sam2jax.ops.attention import MASKED, attention
+from sam2jax.nn.layers import LayerNorm, Linear, Projection, dropout
+from sam2jax.ops.attention import MASKED, attention, fold_heads
 from sam2jax.ops.linear import einsum, linear
 from sam2jax.ops.position import sine_2d
 from sam2jax.ops.rope import rope_table, rotate, split_pairs

@@ -8,7 +8,7 @@ of valid keys; in bfloat16 on an NVIDIA GPU as one kernel. Values may be narrowe
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ BLOCK = 1024  # keys at a time
 CPU_BLOCK = 256  # on a CPU: what is in work stays in its cache
 BLOCKWISE_FROM = 2**22  # weights per query set from which they are not written out
 KERNEL_FITS = ("9.0", "10.0")  # compute capabilities: Hopper, and Blackwell of data centres
+MOST_IN_WINDOW = 256  # tokens whose attention to each other a GPU computes at once
 MASKED = -1e30  # finite, so that a fully masked block stays free of NaN
 
 
@@ -66,6 +67,59 @@ def attention(
     return rounded_einsum("btk,bke->bte", weights, value)
 
 
+def self_attention(qkv: Array, num_heads: int, *, kernel: bool = True) -> Array:
+    """Tokens attend to each other.
+
+    Args:
+      qkv: [B, T, 3 * heads * d], queries, keys and values, heads side by side in each.
+      num_heads: side by side.
+      kernel: in bfloat16 it is one kernel on NVIDIA GPUs.
+
+    Returns:
+      [B, T, heads * d].
+    """
+    if kernel and qkv.dtype == jnp.bfloat16 and qkv.shape[1] <= MOST_IN_WINDOW:
+        return _in_windows(qkv, num_heads)
+    return _by_heads(qkv, num_heads, kernel)
+
+
+def _by_heads(qkv: Array, num_heads: int, kernel: bool) -> Array:
+    parts = (fold_heads(x, num_heads) for x in jnp.split(qkv, 3, axis=-1))
+    return unfold_heads(attention(*parts, kernel=kernel), num_heads)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _in_windows(qkv: Array, num_heads: int) -> Array:
+    def written_out(qkv: Array) -> Array:
+        return _by_heads(qkv, num_heads, False)
+
+    kernels = _kernels_of_gpus()
+    if kernels is None:
+        return written_out(qkv)
+    in_one = functools.partial(kernels.window_attention, num_heads=num_heads)
+    return lax.platform_dependent(qkv, cuda=in_one, default=written_out)
+
+
+def _in_windows_backward(num_heads: int, qkv: Array, grad: Array) -> tuple[Array]:
+    return jax.vjp(lambda qkv: _by_heads(qkv, num_heads, False), qkv)[1](grad)
+
+
+_in_windows.defvjp(lambda qkv, heads: (_in_windows(qkv, heads), qkv), _in_windows_backward)
+
+
+def fold_heads(x: Array, num_heads: int) -> Array:
+    """[B, T, heads * d] -> [B * heads, T, d]."""
+    batch, tokens, width = x.shape
+    x = x.reshape(batch, tokens, num_heads, width // num_heads)
+    return x.transpose(0, 2, 1, 3).reshape(batch * num_heads, tokens, -1)
+
+
+def unfold_heads(x: Array, num_heads: int) -> Array:
+    """[B * heads, T, d] -> [B, T, heads * d]."""
+    x = x.reshape(-1, num_heads, *x.shape[1:]).transpose(0, 2, 1, 3)
+    return x.reshape(*x.shape[:2], -1)
+
+
 def _num_blocks(length: Array, block: int) -> Array:
     return (jnp.max(length) + block - 1) // block
 
@@ -90,14 +144,14 @@ def _blockwise(query: Array, key: Array, value: Array, length: Array, kernel: bo
 
 def _blockwise_forward(query: Array, key: Array, value: Array, length: Array, kernel: bool):
     given = query, key, value, length
-    of_gpus = _kernel_of_gpus() if kernel and key.dtype == value.dtype == jnp.bfloat16 else None
-    others = {} if of_gpus is None else {"cuda": of_gpus}
+    kernels = _kernels_of_gpus() if kernel and key.dtype == value.dtype == jnp.bfloat16 else None
+    others = {} if kernels is None else {"cuda": kernels.flash_attention}
     out, log_sum = lax.platform_dependent(*given, cpu=_row_by_row, default=_online, **others)
     return out, (*given, out, log_sum)
 
 
-def _kernel_of_gpus() -> Callable[..., tuple[Array, Array]] | None:
-    """`_online` as one kernel, if it is to be had.
+def _kernels_of_gpus() -> Any:
+    """The module of kernels, if it is to be had.
 
     Older GPUs have too little memory beside each processor. Without a GPU here, it is asked for
     others.
@@ -106,10 +160,10 @@ def _kernel_of_gpus() -> Callable[..., tuple[Array, Array]] | None:
     if any(getattr(gpu, "compute_capability", "") not in KERNEL_FITS for gpu in gpus):
         return None
     try:
-        from sam2jax.ops.flash import flash_attention  # half a second: Pallas
+        import sam2jax.ops.flash as flash  # half a second: Pallas
     except ImportError:  # JAX 0.12 announces that Pallas will do without Triton
         return None
-    return flash_attention
+    return flash
 
 
 def _row_by_row(query: Array, key: Array, value: Array, length: Array) -> tuple[Array, Array]:

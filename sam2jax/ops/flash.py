@@ -1,8 +1,8 @@
-"""Attention to many keys as one kernel, for NVIDIA GPUs (Pallas, by way of Triton).
+"""Attention as one kernel, for NVIDIA GPUs (Pallas, by way of Triton): scores stay on the chip.
 
-The online softmax of `ops.attention` (FlashAttention, arXiv 2205.14135) with the scores of a block
-of queries kept on the chip. Keys are split where there are few queries, so that the whole chip has
-work. Values may be narrower than keys.
+To many keys it is the online softmax of `ops.attention` (FlashAttention, arXiv 2205.14135). Keys
+are split where there are few queries, so that the whole chip has work. Values may be narrower than
+keys. Within windows heads are read where the projection has left them, and nothing is transposed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from sam2jax.types import Array, power_of_two
 QUERIES, KEYS = 128, 64  # in a block
 PROGRAMS = 128  # that a large chip runs at once
 MOST_SPLITS = 8
+WINDOW_QUERIES = 64  # in a block
+LEAST = 16  # rows or columns of a product
 _PER_BIT = 1.4426950408889634  # log2(e): the chip has exponentials of base 2
 
 
@@ -78,7 +80,7 @@ def flash_attention(
 
 def _padded(x: Array, rows: int) -> Array:
     """To whole blocks, with as many channels as a power of two."""
-    channels = max(power_of_two(x.shape[2]), 16)
+    channels = max(power_of_two(x.shape[2]), LEAST)
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % rows), (0, channels - x.shape[2])))
 
 
@@ -107,3 +109,55 @@ def _kernel(splits: int, length_ref, query_ref, key_ref, value_ref, out_ref, log
     row_sum = jnp.maximum(row_sum, jnp.finfo(jnp.float32).tiny)
     out_ref[...] = total / row_sum[:, None]
     log_sum_ref[...] = (row_max + jnp.log2(row_sum)) / _PER_BIT
+
+
+def window_attention(qkv: Array, num_heads: int, *, interpret: bool = False) -> Array:
+    """Self-attention within each of many windows.
+
+    Args:
+      qkv: [B, T, 3 * heads * d] bfloat16: queries, keys and values, heads side by side in each. T
+        is at most `ops.attention.MOST_IN_WINDOW`.
+      num_heads: side by side.
+      interpret: run it as JAX, on any device.
+
+    Returns:
+      [B, T, heads * d].
+    """
+    count, tokens, width = qkv.shape
+    channels = width // (3 * num_heads)
+    rows = max(power_of_two(tokens), LEAST)
+    queries = min(rows, WINDOW_QUERIES)
+    out = pl.pallas_call(
+        functools.partial(_window_kernel, queries, rows),
+        grid=(count, num_heads, rows // queries),
+        in_specs=[
+            pl.BlockSpec((None, tokens, 3, None, channels), lambda b, h, i: (b, 0, 0, h, 0)),
+        ],
+        out_specs=pl.BlockSpec((None, tokens, None, channels), lambda b, h, i: (b, 0, h, 0)),
+        out_shape=jax.ShapeDtypeStruct((count, tokens, num_heads, channels), qkv.dtype),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="window_attention",
+    )(qkv.reshape(count, tokens, 3, num_heads, channels))
+    return out.reshape(count, tokens, -1)
+
+
+def _window_kernel(queries: int, rows: int, qkv_ref, out_ref) -> None:
+    """A block of a window's queries in one head; what lies outside of the window is masked."""
+    tokens, _, channels = qkv_ref.shape
+    lanes = jnp.arange(max(power_of_two(channels), LEAST))[None, :]
+
+    def inside(at: Array) -> Array:
+        return (at < tokens) & (lanes < channels)
+
+    def take(part: int, at: Array) -> Array:
+        return triton.load(qkv_ref.at[at, part, lanes], mask=inside(at), other=0.0)
+
+    at = (pl.program_id(2) * queries + jnp.arange(queries))[:, None]
+    keys = jnp.arange(rows)
+    scores = triton.dot(take(0, at), take(1, keys[:, None]).T) * (channels**-0.5 * _PER_BIT)
+    scores = jnp.where(keys[None, :] < tokens, scores, MASKED)
+    weights = jnp.exp2(scores - jnp.max(scores, axis=1, keepdims=True))
+    total = triton.dot(weights.astype(out_ref.dtype), take(2, keys[:, None]))
+    out = total / jnp.sum(weights, axis=1, keepdims=True)
+    triton.store(out_ref.at[at, lanes], out.astype(out_ref.dtype), mask=inside(at))
