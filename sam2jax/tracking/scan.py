@@ -16,7 +16,7 @@ from sam2jax.memory.policy import SAM2 as SAM2_POLICY
 from sam2jax.memory.policy import MemoryPolicy
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.tracking.frame import FrameResult, process_ahead, process_frame
-from sam2jax.tracking.state import TrackState, check_state, init_state
+from sam2jax.tracking.state import TrackState, check_carried, check_state, init_state
 from sam2jax.tracking.step import encode_frame, encode_frames, scale_prompts, time_direction
 from sam2jax.types import (
     CONDITIONING,
@@ -244,6 +244,7 @@ def _track(
     frames_at_once,
 ):
     """`end` [] int32: frames from there on are padding; None: there is none."""
+    check_carried(model.config, state, policy)
     if ahead:
         state = _encode_all_ahead(model, params, policy, frames, prompts, state, end, reverse)
 

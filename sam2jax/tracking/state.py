@@ -89,7 +89,7 @@ def init_state(
 
 
 def check_state(config: SAM2Config, state: TrackState, policy: MemoryPolicy) -> None:
-    """The state was made for this model and this policy."""
+    """The state was made for this model; cheap, as it is done for every frame."""
     if not isinstance(state, TrackState):
         raise TypeError(f"Expected a TrackState (see init_state), got {type(state).__name__}.")
     expected = (config.num_recent + policy.room.recent, config.feature_size**2, config.mem_dim)
@@ -98,6 +98,10 @@ def check_state(config: SAM2Config, state: TrackState, policy: MemoryPolicy) -> 
             "The state was made for another model, image size or policy: its recent memories are "
             f"{state.bank.recent_spatial.shape[-3:]}, here they are {expected}."
         )
+
+
+def check_carried(config: SAM2Config, state: TrackState, policy: MemoryPolicy) -> None:
+    """The state was made for this policy; done where a program is traced."""
     carried = jax.eval_shape(jax.vmap(partial(policy.init, config, policy.settings)), state.bank)
     kinds = [jax.tree.structure(x) for x in (carried, state.carried)]
     if state.lineages != policy.lineages or kinds[0] != kinds[1]:

@@ -16,7 +16,7 @@ from sam2jax.nn.sam2 import SAM2
 from sam2jax.ops.resize import preprocess_image
 from sam2jax.tracking.frame import process_ahead, process_frame
 from sam2jax.tracking.segment import run_model
-from sam2jax.tracking.state import TrackState, check_state
+from sam2jax.tracking.state import TrackState, check_carried, check_state
 from sam2jax.types import Array, FrameOutput, ImageFeatures, Prompts
 
 
@@ -95,6 +95,7 @@ def condition(
 
 @partial(jax.jit, static_argnames=("model", "reverse", "explain"))
 def _step(model, params, policy, state, frame, prompts, *, reverse, explain):
+    check_carried(model.config, state, policy)
     features = encode_frame(model, params, frame)
     if prompts is not None:
         prompts = scale_prompts(model.config, prompts, frame)
@@ -107,6 +108,7 @@ def _step(model, params, policy, state, frame, prompts, *, reverse, explain):
 
 @partial(jax.jit, static_argnames="model")
 def _condition(model, params, policy, state, frame, prompts, frame_index, direction):
+    check_carried(model.config, state, policy)
     features = encode_frame(model, params, frame)
     prompts = scale_prompts(model.config, prompts, frame)
     return process_ahead(model, params, state, features, prompts, frame_index, direction, policy)[0]
