@@ -29,7 +29,18 @@ def build(config: SAM2Config, compiled: bool) -> Any:
         model._compile_all_components()
         options = {"mode": "max-autotune", "fullgraph": True, "dynamic": False}
         model.image_encoder.forward = torch.compile(model.image_encoder.forward, **options)
+        model.track_step = marked(model.track_step)
     return model
+
+
+def marked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """What an earlier call returned from CUDA graphs is no longer needed when `step` is called."""
+
+    def run(*args: Any, **options: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return step(*args, **options)
+
+    return run
 
 
 @contextlib.contextmanager
@@ -43,9 +54,9 @@ def running(config: SAM2Config) -> Iterator[None]:
 def runner(config: SAM2Config, run: Callable[[], Any]) -> Callable[[], Any]:
     """`run` as something to be timed: it returns when the device is done."""
 
+    run = marked(run)
+
     def timed() -> Any:
-        # What an earlier call returned from CUDA graphs is no longer needed.
-        torch.compiler.cudagraph_mark_step_begin()
         with running(config):
             answer = run()
         if DEVICE == "cuda":

@@ -3,8 +3,9 @@
 python -m benchmarks.nano [--stages image clips ...] [--ship]
 
 Runs the stages one after another, each from the model of the one before, in runs/nano; a stage
-that was stopped goes on where it was. --ship stores the last one's model in the package, in
-bfloat16. What is printed on the way is kept beside the models.
+that was stopped goes on where it was. --ship calibrates the last one's object score
+(`benchmarks.nano.calibrate`) and stores that model in the package, in bfloat16. What is printed on
+the way is kept beside the models.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 
 import ml_dtypes
 
+from benchmarks.nano.calibrate import calibrate
 from sam2jax.config import NANO
 from sam2jax.convert import read, write
 from sam2jax.io.checkpoints import WEIGHTS
@@ -23,7 +25,7 @@ from sam2jax.training.config import read_config
 from sam2jax.training.loop import CHECKPOINTS, MODEL_FILE
 
 HERE = pathlib.Path(__file__).parent
-STAGES = ("image", "clips", "long", "full", "wide", "deep")
+STAGES = ("image", "clips", "long", "full", "wide", "deep", "deeper")
 
 
 def run(stage: str) -> pathlib.Path:
@@ -51,7 +53,9 @@ def main() -> None:
         model = run(stage)
         print(f"{stage}: {model}", flush=True)
     if given.ship:
-        ship(model)
+        calibrated = model.with_stem("calibrated")
+        calibrate(model, calibrated)
+        ship(calibrated)
 
 
 def ship(model: pathlib.Path) -> None:

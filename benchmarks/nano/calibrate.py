@@ -24,7 +24,7 @@ from sam2jax.training.data.config import HELD_OUT
 from sam2jax.training.data.procedural import procedural_clip
 
 BIAS = "sam_mask_decoder/pred_obj_score_head/layers_2/bias"
-FIRST_SEED = 500
+FIRST_SEED, CLIPS = 500, 24
 OFFSETS = (0.0, -0.5, -1.0, -1.5, -2.0)
 
 
@@ -42,23 +42,28 @@ def hidden_and_told(model: sam2jax.SAM2, params: dict, clips: int) -> list[np.nd
     return counts
 
 
+def calibrate(path: pathlib.Path, output: pathlib.Path, clips: int = CLIPS) -> None:
+    """Writes the model at `path` to `output`, with the best offset."""
+    source = read(path)
+    flat = source.params()
+    model, _ = sam2jax.load(path)
+    best = (-1.0, 0.0)
+    for offset in OFFSETS:
+        params = unflatten_dict({**flat, BIAS: flat[BIAS] + offset}, sep="/")
+        f1 = [2 * n[0] / max(n[1] + n[2], 1) for n in hidden_and_told(model, params, clips)]
+        print(f"{offset:+.1f}: F1 {f1[0]:.3f} from a click, {f1[1]:.3f} from a mask", flush=True)
+        best = max(best, (float(np.mean(f1)), offset))
+    write(output, {**flat, BIAS: flat[BIAS] + best[1]}, source.config)
+    print(f"{output}: {best[1]:+.1f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=pathlib.Path)
     parser.add_argument("output", type=pathlib.Path)
-    parser.add_argument("--clips", type=int, default=24)
+    parser.add_argument("--clips", type=int, default=CLIPS)
     given = parser.parse_args()
-    source = read(given.model)
-    flat = source.params()
-    model, _ = sam2jax.load(given.model)
-    best = (-1.0, 0.0)
-    for offset in OFFSETS:
-        params = unflatten_dict({**flat, BIAS: flat[BIAS] + offset}, sep="/")
-        f1 = [2 * n[0] / max(n[1] + n[2], 1) for n in hidden_and_told(model, params, given.clips)]
-        print(f"{offset:+.1f}: F1 {f1[0]:.3f} from a click, {f1[1]:.3f} from a mask", flush=True)
-        best = max(best, (float(np.mean(f1)), offset))
-    write(given.output, {**flat, BIAS: flat[BIAS] + best[1]}, source.config)
-    print(f"{given.output}: {best[1]:+.1f}")
+    calibrate(given.model, given.output, given.clips)
 
 
 if __name__ == "__main__":
