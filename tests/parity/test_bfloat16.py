@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +15,18 @@ from tests.parity.pairs import Pair, at, pair
 pytestmark = [pytest.mark.parity, pytest.mark.optimised]
 
 BAR = 1.5  # times the distance of official autocast
+
+
+@pytest.fixture(params=["cpu", "default"], autouse=True)
+def lowered_for(monkeypatch, request):
+    """What is lowered for a CPU, and, run on it, what is for everything else."""
+    if request.param != "cpu":
+        monkeypatch.setattr(
+            jax.lax, "platform_dependent", lambda *given, **ways: ways[request.param](*given)
+        )
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
 
 
 def in_bfloat16(both: Pair) -> Pair:
