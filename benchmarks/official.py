@@ -34,7 +34,9 @@ def build(config: SAM2Config, compiled: bool) -> Any:
 
 
 def marked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """What an earlier call returned from CUDA graphs is no longer needed when `step` is called."""
+    """On a GPU: what an earlier call returned from CUDA graphs is no longer needed."""
+    if DEVICE != "cuda":
+        return step
 
     def run(*args: Any, **options: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
@@ -53,7 +55,6 @@ def running(config: SAM2Config) -> Iterator[None]:
 
 def runner(config: SAM2Config, run: Callable[[], Any]) -> Callable[[], Any]:
     """`run` as something to be timed: it returns when the device is done."""
-
     run = marked(run)
 
     def timed() -> Any:
