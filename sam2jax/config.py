@@ -86,7 +86,8 @@ class SAM2Config:
     # Objects that are computed as one batch. One fills a CPU, and a large accelerator at 1024 px;
     # take more for small images, and all of them where objects are sharded over devices.
     objects_at_once: int = 1
-    kernels: bool = True  # in bfloat16 on large NVIDIA GPUs, attention to many keys is one kernel
+    # In bfloat16 on large NVIDIA GPUs attention to many keys, and within windows, is one kernel.
+    kernels: bool = True
 
     dynamic_multimask_via_stability: bool = True
     dynamic_multimask_stability_delta: float = 0.05

@@ -104,6 +104,7 @@ def _prepare(config: TrainConfig, source: convert.Checkpoint | None) -> tuple[SA
     trained = dataclasses.replace(
         training_config(served),
         dtype=config.model.dtype,
+        kernels=served.kernels and jax.device_count() == 1,  # they cannot be split over GPUs
         trunk=dataclasses.replace(served.trunk, drop_path_rate=config.model.drop_path_rate),
         memory_attention=dataclasses.replace(served.memory_attention, dropout=config.model.dropout),
     )
