@@ -39,7 +39,7 @@ class Ours:
     def __init__(self, config: SAM2Config, frames: np.ndarray) -> None:
         full = config.max_obj_ptrs_in_encoder
         self.model = SAM2(config)
-        self.params = sam2jax.round_params(self.model, random_params(config, SEED))
+        self.params = sam2jax.prepare_params(self.model, random_params(config, SEED))
         self.frames = jnp.asarray(frames[full:])
         self.image = self.frames[:1]
         state = sam2jax.init_state(self.model, 1, len(frames), max_cond_frames=1)

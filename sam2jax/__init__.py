@@ -2,7 +2,7 @@
 
 from sam2jax.config import VARIANTS, HieraConfig, SAM2Config
 from sam2jax.loading import load, save
-from sam2jax.nn.sam2 import SAM2, init_params, round_params
+from sam2jax.nn.sam2 import SAM2, init_params, prepare_params
 from sam2jax.ops.resize import resize_masks
 from sam2jax.predictors.automatic import SAM2AutomaticMaskGenerator
 from sam2jax.predictors.build import (
@@ -52,7 +52,7 @@ __all__ = [
     "load",
     "save",
     "resize_masks",
-    "round_params",
+    "prepare_params",
     "step",
     "track",
 ]

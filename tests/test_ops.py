@@ -10,9 +10,10 @@ import scipy.ndimage
 import scipy.special
 
 from sam2jax.ops import attention as attention_ops
+from sam2jax.ops import flash
 from sam2jax.ops.attention import attention
 from sam2jax.ops.conv import conv, depthwise_conv, upsample_conv
-from sam2jax.ops.flash import flash_attention, window_attention
+from sam2jax.ops.flash import flash_attention
 from sam2jax.ops.linear import ROWS, gelu, linear, rounded_einsum
 from sam2jax.ops.masks import fill_holes, non_overlapping, stability_score
 from sam2jax.ops.resize import preprocess_image, resize_bilinear, resize_masks
@@ -91,24 +92,42 @@ def test_the_kernel_for_gpus_equals_blocks_of_keys(lengths):
         assert "triton" in program.lower(lowering_platforms=("cuda",)).as_text()
 
 
-# Tokens and channels that are no powers of two, several heads, more than one block of queries.
-@pytest.mark.parametrize("tokens, heads, channels", [(16, 2, 24), (49, 3, 16), (196, 1, 72)])
-def test_attention_in_windows_is_that_of_heads(tokens, heads, channels):
-    qkv = normal(0, 3, tokens, 3 * heads * channels).astype(jnp.bfloat16)
-    expected = attention_ops._by_heads(qkv.astype(jnp.float32), heads, False)
-    for found in (
-        window_attention(qkv, heads, interpret=True),
-        attention_ops.self_attention(qkv, heads),
-    ):
+# Tokens and channels that are no powers of two, several heads, more than one block of queries,
+# queries that were pooled, and whole maps.
+@pytest.mark.parametrize(
+    "tokens, pooled, heads, channels",
+    [
+        (16, None, 2, 24),
+        (16, 4, 2, 16),
+        (49, None, 3, 16),
+        (196, None, 1, 72),
+        (196, 49, 2, 24),
+        (256, None, 1, 112),
+        (2048, None, 1, 16),
+    ],
+)
+def test_attention_to_each_other_is_that_of_heads(tokens, pooled, heads, channels):
+    given = [normal(0, 3, tokens, 3 * heads * channels).astype(jnp.bfloat16), None]
+    if pooled:
+        given[1] = normal(1, 3, pooled, heads * channels).astype(jnp.bfloat16)
+
+    def attend(qkv, query):
+        return attention_ops.self_attention(qkv, heads, query=query)
+
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), given)
+    for found in (flash.self_attention(*given, num_heads=heads, interpret=True), attend(*given)):
+        assert found.shape == (3, pooled or tokens, heads * channels)
         assert found.dtype == jnp.bfloat16
-        np.testing.assert_allclose(found.astype("float32"), expected, atol=2e-2)
+        np.testing.assert_allclose(found.astype("float32"), attend(*exact), atol=2e-2)
 
-    def total(qkv):
-        return jnp.sum(jnp.sin(attention_ops.self_attention(qkv, heads).astype(jnp.float32)))
+    def total(given):
+        return jnp.sum(jnp.sin(attend(*given).astype(jnp.float32)))
 
-    expected = jax.grad(total)(qkv.astype(jnp.float32))
-    found = jax.grad(total)(qkv).astype("float32")
-    np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
+    for found, expected in zip(
+        *map(jax.tree.leaves, map(jax.grad(total), (given, exact))), strict=True
+    ):
+        bound = 0.05 * np.abs(expected).max()
+        np.testing.assert_allclose(found.astype("float32"), expected, atol=bound)
 
 
 def test_a_jax_without_the_kernels_language_takes_blocks(monkeypatch):

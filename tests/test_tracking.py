@@ -215,12 +215,26 @@ def test_bfloat16_computes_and_answers_in_float32(params):
     state, _ = sam2jax.step(model, params, state, clip(LENGTH)[0], FIRST)
     _, out = sam2jax.step(model, params, state, clip(LENGTH)[1], NOTHING)
     assert out.masks.dtype == jnp.float32 and bool(jnp.isfinite(out.masks).all())
-    rounded = sam2jax.round_params(model, params)
-    _, same = sam2jax.step(model, rounded, state, clip(LENGTH)[1], NOTHING)
-    jax.tree.map(np.testing.assert_array_equal, same, out)
-    sizes = [sum(x.nbytes for x in jax.tree.leaves(p)) for p in (params, rounded)]
-    assert sizes[1] < 0.6 * sizes[0]
-    assert sam2jax.round_params(MODEL, params) is params
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prepared_parameters_answer_alike(params, dtype):
+    model = sam2jax.SAM2(small_config(image_size=64, dtype=dtype))
+    prepared = sam2jax.prepare_params(model, params)
+    again = sam2jax.prepare_params(model, prepared)
+    jax.tree.map(np.testing.assert_array_equal, again, prepared)
+    state = sam2jax.init_state(model, 2, LENGTH, 1)
+    state, _ = sam2jax.step(model, params, state, clip(LENGTH)[0], FIRST)
+    step = functools.partial(sam2jax.step, model)
+    given = state, clip(LENGTH)[1], NOTHING
+    answers = [step(p, *given)[1] for p in (params, prepared)]
+    jax.tree.map(np.testing.assert_array_equal, *answers)
+    programs = [jax.make_jaxpr(step)(p, *given) for p in (params, prepared)]
+    transposes, casts = (
+        [str(p).count(name) for p in programs] for name in ("transpose[", "new_dtype=bfloat16")
+    )
+    assert transposes[1] < transposes[0]
+    assert dtype == "float32" or casts[1] < casts[0]
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,14 @@ from sam2jax.nn.layers import (
     drop_path,
     embedding_init,
 )
-from sam2jax.ops.attention import attention, fold_heads, self_attention, unfold_heads
+from sam2jax.ops.attention import self_attention
 from sam2jax.ops.conv import max_pool_2x2
 from sam2jax.ops.linear import gelu
 from sam2jax.ops.resize import resize_bicubic
 from sam2jax.ops.windows import window_partition, window_unpartition
 from sam2jax.types import Array
+
+POSITION = "position"  # in prepared parameters, the map that is added to an image
 
 
 class MultiScaleAttention(nn.Module):
@@ -38,17 +40,14 @@ class MultiScaleAttention(nn.Module):
     def __call__(self, x: Array) -> Array:
         batch, height, width, _ = x.shape
         qkv = self.qkv(x)
-        if not self.pool:
-            qkv = qkv.reshape(batch, height * width, -1)
-            out = self_attention(qkv, self.num_heads, kernel=self.kernels)
-            return self.proj(out).reshape(batch, height, width, self.features)
-        query, key, value = jnp.split(qkv, 3, axis=-1)
-        query, key, value = (
-            fold_heads(t.reshape(batch, -1, self.features), self.num_heads)
-            for t in (max_pool_2x2(query), key, value)
-        )
-        out = unfold_heads(attention(query, key, value, kernel=self.kernels), self.num_heads)
-        return self.proj(out).reshape(batch, height // 2, width // 2, self.features)
+        query = None
+        if self.pool:
+            query = max_pool_2x2(qkv[..., : self.features])
+            height, width = query.shape[1:3]
+            query = query.reshape(batch, -1, self.features)
+        qkv = qkv.reshape(batch, -1, qkv.shape[-1])
+        out = self_attention(qkv, self.num_heads, query=query, kernel=self.kernels)
+        return self.proj(out).reshape(batch, height, width, self.features)
 
 
 class MultiScaleBlock(nn.Module):
@@ -123,7 +122,7 @@ class Hiera(nn.Module):
 
     def __call__(self, images: Array) -> list[Array]:
         x = self.patch_embed(images)
-        x = x + self._position(*x.shape[1:3])
+        x = x + self.position(*x.shape[1:3])
         stage_ends = {sum(self.config.stages[: i + 1]) - 1 for i in range(len(self.config.stages))}
         stages = []
         for index, block in enumerate(self.blocks):
@@ -132,8 +131,10 @@ class Hiera(nn.Module):
                 stages.append(x)
         return stages
 
-    def _position(self, height: int, width: int) -> Array:
+    def position(self, height: int, width: int) -> Array:
         """A coarse map, resized, plus a window's map, tiled (arXiv 2311.05613)."""
+        if self.has_variable("params", POSITION):
+            return self.get_variable("params", POSITION)
         background = resize_bicubic(self.pos_embed[None], height, width)
         window = self.pos_embed_window
         tiles = (height // window.shape[0], width // window.shape[1], 1)

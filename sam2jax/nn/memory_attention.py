@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ from sam2jax.tree import Tree
 from sam2jax.types import Array
 
 WATCHED = "watched"  # the collection that holds what memories received, on request
+IN_PAIRS = "{}_in_pairs"  # in prepared parameters, a projection after `split_pairs`
 
 
 class MemoryTokens(Tree):
@@ -88,7 +92,11 @@ class RoPEAttention(nn.Module):
 
     def _projected(self, x: Array, projection: Projection) -> Array:
         heads = self.config.memory_attention.num_heads
-        kernel, bias = (split_pairs(p, heads) for p in projection())
+        prepared = self.get_variable("params", IN_PAIRS.format(projection.name))
+        if prepared is None:
+            kernel, bias = (split_pairs(p, heads) for p in projection())
+        else:
+            kernel, bias = prepared["kernel"], prepared["bias"]
         return linear(x, kernel, bias, jnp.dtype(self.config.dtype))
 
     def _attend(self, query: Array, key: Array, value: Array, length: Array | None) -> Array:
@@ -197,6 +205,21 @@ class MemoryAttentionLayer(nn.Module):
         x = x + drop(self.cross_attn_image.attend_memory(self.norm2(x), memory))
         hidden = drop(jax.nn.relu(self.linear1(self.norm3(x))))
         return x + drop(self.linear2(hidden))
+
+
+def pairs_split(params: Mapping[str, Any], num_heads: int) -> dict[str, Any]:
+    """Parameters of a `MemoryAttention`, with each rotated projection also as it is applied."""
+
+    def attention(tree: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(tree) | {
+            IN_PAIRS.format(name): {k: split_pairs(v, num_heads) for k, v in tree[name].items()}
+            for name in ("q_proj", "k_proj")
+        }
+
+    def layer(tree: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: attention(v) if "k_proj" in v else v for k, v in tree.items()}
+
+    return {k: layer(v) if k.startswith("layers") else v for k, v in params.items()}
 
 
 class MemoryAttention(nn.Module):

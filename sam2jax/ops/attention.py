@@ -21,7 +21,6 @@ BLOCK = 1024  # keys at a time
 CPU_BLOCK = 256  # on a CPU: what is in work stays in its cache
 BLOCKWISE_FROM = 2**22  # weights per query set from which they are not written out
 KERNEL_FITS = ("9.0", "10.0")  # compute capabilities: Hopper, and Blackwell of data centres
-MOST_IN_WINDOW = 256  # tokens whose attention to each other a GPU computes at once
 MASKED = -1e30  # finite, so that a fully masked block stays free of NaN
 
 
@@ -67,44 +66,47 @@ def attention(
     return rounded_einsum("btk,bke->bte", weights, value)
 
 
-def self_attention(qkv: Array, num_heads: int, *, kernel: bool = True) -> Array:
+def self_attention(
+    qkv: Array, num_heads: int, *, query: Array | None = None, kernel: bool = True
+) -> Array:
     """Tokens attend to each other.
 
     Args:
       qkv: [B, T, 3 * heads * d], queries, keys and values, heads side by side in each.
       num_heads: side by side.
+      query: [B, Q, heads * d] in place of the tokens' own queries; Q is at most T.
       kernel: in bfloat16 it is one kernel on NVIDIA GPUs.
 
     Returns:
-      [B, T, heads * d].
+      [B, Q or T, heads * d].
     """
-    if kernel and qkv.dtype == jnp.bfloat16 and qkv.shape[1] <= MOST_IN_WINDOW:
-        return _in_windows(qkv, num_heads)
-    return _by_heads(qkv, num_heads, kernel)
+    if kernel and qkv.dtype == jnp.bfloat16:
+        return _as_they_lie(num_heads, qkv, query)
+    return _by_heads(num_heads, qkv, query)
 
 
-def _by_heads(qkv: Array, num_heads: int, kernel: bool) -> Array:
-    parts = (fold_heads(x, num_heads) for x in jnp.split(qkv, 3, axis=-1))
-    return unfold_heads(attention(*parts, kernel=kernel), num_heads)
+def _by_heads(num_heads: int, qkv: Array, query: Array | None) -> Array:
+    own, key, value = jnp.split(qkv, 3, axis=-1)
+    parts = (fold_heads(x, num_heads) for x in (own if query is None else query, key, value))
+    return unfold_heads(attention(*parts, kernel=False), num_heads)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _in_windows(qkv: Array, num_heads: int) -> Array:
-    def written_out(qkv: Array) -> Array:
-        return _by_heads(qkv, num_heads, False)
-
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _as_they_lie(num_heads: int, qkv: Array, query: Array | None) -> Array:
+    by_heads = functools.partial(_by_heads, num_heads)
     kernels = _kernels_of_gpus()
     if kernels is None:
-        return written_out(qkv)
-    in_one = functools.partial(kernels.window_attention, num_heads=num_heads)
-    return lax.platform_dependent(qkv, cuda=in_one, default=written_out)
+        return by_heads(qkv, query)
+    in_one = functools.partial(kernels.self_attention, num_heads=num_heads)
+    return lax.platform_dependent(qkv, query, cuda=in_one, default=by_heads)
 
 
-def _in_windows_backward(num_heads: int, qkv: Array, grad: Array) -> tuple[Array]:
-    return jax.vjp(lambda qkv: _by_heads(qkv, num_heads, False), qkv)[1](grad)
-
-
-_in_windows.defvjp(lambda qkv, heads: (_in_windows(qkv, heads), qkv), _in_windows_backward)
+_as_they_lie.defvjp(
+    lambda num_heads, *given: (_as_they_lie(num_heads, *given), given),
+    lambda num_heads, given, gradient: jax.vjp(functools.partial(_by_heads, num_heads), *given)[1](
+        gradient
+    ),
+)
 
 
 def fold_heads(x: Array, num_heads: int) -> Array:

@@ -2,7 +2,7 @@
 
 To many keys it is the online softmax of `ops.attention` (FlashAttention, arXiv 2205.14135). Keys
 are split where there are few queries, so that the whole chip has work. Values may be narrower than
-keys. Within windows heads are read where the projection has left them, and nothing is transposed.
+keys. Within an image heads are read where the projection has left them, and nothing is transposed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sam2jax.types import Array, power_of_two
 QUERIES, KEYS = 128, 64  # in a block
 PROGRAMS = 128  # that a large chip runs at once
 MOST_SPLITS = 8
-WINDOW_QUERIES = 64  # in a block
+PART = 64  # channels in a product: a block has a power of two, and heads rarely have as many
 LEAST = 16  # rows or columns of a product
 _PER_BIT = 1.4426950408889634  # log2(e): the chip has exponentials of base 2
 
@@ -111,53 +111,89 @@ def _kernel(splits: int, length_ref, query_ref, key_ref, value_ref, out_ref, log
     log_sum_ref[...] = (row_max + jnp.log2(row_sum)) / _PER_BIT
 
 
-def window_attention(qkv: Array, num_heads: int, *, interpret: bool = False) -> Array:
-    """Self-attention within each of many windows.
+def self_attention(
+    qkv: Array, query: Array | None = None, *, num_heads: int, interpret: bool = False
+) -> Array:
+    """Attention of tokens to each other, within each of many windows or over a whole map.
 
     Args:
-      qkv: [B, T, 3 * heads * d] bfloat16: queries, keys and values, heads side by side in each. T
-        is at most `ops.attention.MOST_IN_WINDOW`.
+      qkv: [B, T, 3 * heads * d] bfloat16: queries, keys and values, heads side by side in each.
+      query: [B, Q, heads * d] in place of those queries.
       num_heads: side by side.
       interpret: run it as JAX, on any device.
 
     Returns:
-      [B, T, heads * d].
+      [B, Q or T, heads * d].
     """
     count, tokens, width = qkv.shape
     channels = width // (3 * num_heads)
-    rows = max(power_of_two(tokens), LEAST)
-    queries = min(rows, WINDOW_QUERIES)
+    qkv = qkv.reshape(count, tokens, 3, num_heads, channels)
+    query = qkv if query is None else query.reshape(count, -1, 1, num_heads, channels)
+    asking = query.shape[1]
+    # The fastest on an H200 among some.
+    queries, keys = QUERIES, KEYS
+    if asking % queries:
+        queries, keys = min(max(power_of_two(asking), LEAST), 64), 32
+    warps = 8 if tokens > 256 else 4 if tokens > LEAST else 1
+
+    def of_head(x: Array) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *x.shape[1:3], None, channels), lambda b, h, i: (b, 0, 0, h, 0))
+
     out = pl.pallas_call(
-        functools.partial(_window_kernel, queries, rows),
-        grid=(count, num_heads, rows // queries),
-        in_specs=[
-            pl.BlockSpec((None, tokens, 3, None, channels), lambda b, h, i: (b, 0, 0, h, 0)),
-        ],
-        out_specs=pl.BlockSpec((None, tokens, None, channels), lambda b, h, i: (b, 0, h, 0)),
-        out_shape=jax.ShapeDtypeStruct((count, tokens, num_heads, channels), qkv.dtype),
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
+        functools.partial(_self_kernel, queries, keys),
+        grid=(count, num_heads, pl.cdiv(asking, queries)),
+        in_specs=[of_head(query), of_head(qkv)],
+        out_specs=pl.BlockSpec((None, asking, None, channels), lambda b, h, i: (b, 0, h, 0)),
+        out_shape=jax.ShapeDtypeStruct((count, asking, num_heads, channels), qkv.dtype),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=3),
         interpret=interpret,
-        name="window_attention",
-    )(qkv.reshape(count, tokens, 3, num_heads, channels))
-    return out.reshape(count, tokens, -1)
+        name="self_attention",
+    )(query, qkv)
+    return out.reshape(count, asking, -1)
 
 
-def _window_kernel(queries: int, rows: int, qkv_ref, out_ref) -> None:
-    """A block of a window's queries in one head; what lies outside of the window is masked."""
-    tokens, _, channels = qkv_ref.shape
-    lanes = jnp.arange(max(power_of_two(channels), LEAST))[None, :]
+def _self_kernel(queries: int, keys: int, query_ref, qkv_ref, out_ref) -> None:
+    """A block of one head's queries. What lies outside of tokens and channels is masked."""
+    tokens, channels = qkv_ref.shape[0], qkv_ref.shape[2]
+    parts = [jnp.arange(min(max(power_of_two(channels), LEAST), PART))]
+    if channels > PART:
+        parts.append(PART + jnp.arange(max(power_of_two(channels - PART), LEAST)))
 
-    def inside(at: Array) -> Array:
-        return (at < tokens) & (lanes < channels)
+    def inside(ref, at: Array, lanes: Array) -> Array:
+        return (at < ref.shape[0])[:, None] & (lanes < channels)[None]
 
-    def take(part: int, at: Array) -> Array:
-        return triton.load(qkv_ref.at[at, part, lanes], mask=inside(at), other=0.0)
+    def take(ref, which: int, at: Array, lanes: Array) -> Array:
+        place = ref.at[at[:, None], which, lanes[None]]
+        return triton.load(place, mask=inside(ref, at, lanes), other=0.0)
 
-    at = (pl.program_id(2) * queries + jnp.arange(queries))[:, None]
-    keys = jnp.arange(rows)
-    scores = triton.dot(take(0, at), take(1, keys[:, None]).T) * (channels**-0.5 * _PER_BIT)
-    scores = jnp.where(keys[None, :] < tokens, scores, MASKED)
-    weights = jnp.exp2(scores - jnp.max(scores, axis=1, keepdims=True))
-    total = triton.dot(weights.astype(out_ref.dtype), take(2, keys[:, None]))
-    out = total / jnp.sum(weights, axis=1, keepdims=True)
-    triton.store(out_ref.at[at, lanes], out.astype(out_ref.dtype), mask=inside(at))
+    at = pl.program_id(2) * queries + jnp.arange(queries)
+    query = [take(query_ref, 0, at, lanes) for lanes in parts]
+
+    def add(index: Array, carry):
+        totals, row_sum, row_max = carry
+        place = index * keys + jnp.arange(keys)
+        products = (
+            triton.dot(q, take(qkv_ref, 1, place, lanes).T)
+            for q, lanes in zip(query, parts, strict=True)
+        )
+        scores = sum(products) * (channels**-0.5 * _PER_BIT)
+        scores = jnp.where((place < tokens)[None], scores, MASKED)
+        new_max = jnp.maximum(row_max, jnp.max(scores, axis=1))
+        weights = jnp.exp2(scores - new_max[:, None])
+        shrunk = jnp.exp2(row_max - new_max)
+        row_sum = row_sum * shrunk + jnp.sum(weights, axis=1)
+        weights = weights.astype(out_ref.dtype)
+        totals = tuple(
+            total * shrunk[:, None] + triton.dot(weights, take(qkv_ref, 2, place, lanes))
+            for total, lanes in zip(totals, parts, strict=True)
+        )
+        return totals, row_sum, new_max
+
+    rows = jnp.zeros((queries,), jnp.float32)
+    totals = tuple(jnp.zeros((queries, len(lanes)), jnp.float32) for lanes in parts)
+    carry = totals, rows, rows + MASKED
+    totals, row_sum, _ = lax.fori_loop(0, pl.cdiv(tokens, keys), add, carry)
+    for total, lanes in zip(totals, parts, strict=True):
+        out = (total / row_sum[:, None]).astype(out_ref.dtype)
+        place = out_ref.at[at[:, None], lanes[None]]
+        triton.store(place, out, mask=inside(out_ref, at, lanes))

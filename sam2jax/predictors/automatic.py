@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sam2jax.io.runs import decode_coco, encode_coco, encode_runs
-from sam2jax.nn.sam2 import SAM2, round_params
+from sam2jax.nn.sam2 import SAM2, prepare_params
 from sam2jax.predictors.grids import Box, crop_boxes, near_crop_edge, point_grids
 from sam2jax.predictors.image import preprocess
 from sam2jax.predictors.inputs import check_image
@@ -118,7 +118,7 @@ class SAM2AutomaticMaskGenerator:
         progress: bool = False,
     ) -> None:
         self.model, params = model if isinstance(model, tuple) else (model, params)
-        self.params = round_params(self.model, params)
+        self.params = prepare_params(self.model, params)
         self.point_grids = _check_grids(
             points_per_side, point_grids, crop_n_layers, crop_n_points_downscale_factor
         )

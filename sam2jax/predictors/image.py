@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam2jax.config import SAM2Config
-from sam2jax.nn.sam2 import SAM2, round_params
+from sam2jax.nn.sam2 import SAM2, prepare_params
 from sam2jax.ops.masks import fill_regions
 from sam2jax.ops.resize import preprocess_image, resize_masks
 from sam2jax.predictors.inputs import check_image
@@ -57,7 +57,7 @@ class SAM2ImagePredictor:
         max_sprinkle_area: int = 0,
     ) -> None:
         self.model, params = model if isinstance(model, tuple) else (model, params)
-        self.params = round_params(self.model, params)
+        self.params = prepare_params(self.model, params)
         self.mask_threshold = mask_threshold
         self.max_hole_area = int(max_hole_area)
         self.max_sprinkle_area = int(max_sprinkle_area)

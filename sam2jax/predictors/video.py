@@ -15,7 +15,7 @@ from sam2jax.io.reader import FrameReader
 from sam2jax.io.video import Source, Video, open_video
 from sam2jax.memory.policy import SAM2 as SAM2_POLICY
 from sam2jax.memory.policy import MemoryPolicy
-from sam2jax.nn.sam2 import SAM2, round_params
+from sam2jax.nn.sam2 import SAM2, prepare_params
 from sam2jax.ops.masks import non_overlapping
 from sam2jax.predictors import saving
 from sam2jax.predictors.answers import Scores, masks_on, scores_on
@@ -66,7 +66,7 @@ class SAM2VideoPredictor:
         policy: MemoryPolicy = SAM2_POLICY,
     ) -> None:
         self.model = model
-        self.params = round_params(model, params)
+        self.params = prepare_params(model, params)
         self.non_overlap_masks = non_overlap_masks
         self.clear_non_cond_mem_around_input = clear_non_cond_mem_around_input
         self.add_all_frames_to_correct_as_cond = add_all_frames_to_correct_as_cond
