@@ -91,8 +91,12 @@ def with_share(row: Row, operations: float, rate: float) -> Row:
 
 def operations(program: Callable, *args: Any, **options: Any) -> float:
     """Floating point operations of a jitted function's program, as XLA counts them before it
-    puts calls to libraries in their place."""
-    counted = program.lower(*args, **options).cost_analysis()
+    puts calls to libraries in their place: for a CPU, as it tells them of no other device."""
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array) else x, args
+    )
+    with jax.default_device(jax.devices("cpu")[0]):
+        counted = program.lower(*shapes, **options).cost_analysis()
     return float(counted["flops"])
 
 

@@ -8,11 +8,11 @@ from PIL import Image
 from pycocotools import mask as coco
 
 import sam2jax
-from sam2jax.io.runs import decode_coco, encode_coco, encode_runs
+from sam2jax.io.runs import encode_coco, encode_runs
 from sam2jax.ops.boxes import mask_boxes, non_maximum_suppression
 from sam2jax.predictors import automatic
 from sam2jax.predictors.grids import crop_boxes, near_crop_edge, point_grid
-from sam2jax.predictors.regions import clean_masks
+from sam2jax.predictors.regions import clean_masks, compressed, restored
 from sam2jax.testing import random_params, small_config
 
 CONFIG = small_config(image_size=64)
@@ -256,7 +256,7 @@ def test_images_sharded_over_devices(params):
 
 
 def test_few_masks_are_held_as_logits(params, monkeypatch):
-    """However many pass, only so many are more than run lengths; the records are the same."""
+    """However many pass, few are held as logits; the records are the same."""
     options = {"points_per_side": 8, "points_per_batch": 8, "box_nms_thresh": 1.1, **PEAKS}
     generator = sam2jax.SAM2AutomaticMaskGenerator(MODEL, params, **options)
     expected = generator.generate(picture())
@@ -268,10 +268,10 @@ def test_few_masks_are_held_as_logits(params, monkeypatch):
         held.append(sum(isinstance(mask, np.ndarray) for mask in found.masks))
         return found
 
-    in_runs, drawn = generator._in_runs, []
+    draw, drawn = generator._drawn, []
     monkeypatch.setattr(automatic, "MOST_LOGITS", most)
     monkeypatch.setattr(generator, "_process_batch", counted)
-    monkeypatch.setattr(generator, "_in_runs", lambda *given: (drawn.append(1), in_runs(*given))[1])
+    monkeypatch.setattr(generator, "_drawn", lambda *given: (drawn.append(1), draw(*given))[1])
     found = generator.generate(picture())
     assert sum(held) > 3 * most and len(drawn) > 3
     assert len(found) == len(expected)
@@ -310,17 +310,17 @@ def test_crops():
 
 
 def test_small_regions_are_mended():
-    large = np.zeros((40, 40), bool)
+    large = np.zeros((40, 42), bool)  # not whole bytes
     large[5:30, 5:30] = True
     mended = large.copy()
     mended[10:12, 10:12] = False  # a hole
     mended[35, 35] = True  # a speck
-    small = np.zeros((40, 40), bool)
+    small = np.zeros_like(large)
     small[2:4, 2:5] = True  # all there is
     boxes = np.array([[5, 5, 29, 29], [5, 5, 35, 35], [2, 2, 4, 3]], np.float32)
-    given = [encode_coco(mask) for mask in (large, mended, small)]
-    masks, changed, rows = clean_masks(given, boxes, 10, 0.7)
-    np.testing.assert_array_equal(decode_coco(masks[1]), large)
+    given = [compressed(np.packbits(mask, axis=1)) for mask in (large, mended, small)]
+    masks, changed, rows = clean_masks(given, boxes, large.shape, 10, 0.7)
+    np.testing.assert_array_equal(restored(masks[1], large.shape), large)
     assert changed[1].tolist() == [5, 5, 29, 29]
     assert rows.tolist() == [0, 2]  # the one that had to be mended is a duplicate now
 

@@ -25,7 +25,7 @@ from sam2jax.training.config import read_config
 from sam2jax.training.loop import CHECKPOINTS, MODEL_FILE
 
 HERE = pathlib.Path(__file__).parent
-STAGES = ("image", "clips", "long", "full", "wide", "deep", "deeper")
+STAGES = ("image", "clips", "long", "full", "wide", "deep", "deeper", "fresh")
 
 
 def run(stage: str) -> pathlib.Path:

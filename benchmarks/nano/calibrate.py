@@ -24,7 +24,7 @@ from sam2jax.training.data.config import HELD_OUT
 from sam2jax.training.data.procedural import procedural_clip
 
 BIAS = "sam_mask_decoder/pred_obj_score_head/layers_2/bias"
-FIRST_SEED, CLIPS = 500, 24
+FIRST_SEED, CLIPS = 500, 48
 OFFSETS = (0.0, -0.5, -1.0, -1.5, -2.0)
 
 

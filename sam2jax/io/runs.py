@@ -21,11 +21,3 @@ def encode_coco(mask: np.ndarray) -> dict[str, Any]:
 
     runs: Any = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": list(mask.shape), "counts": runs["counts"].decode("ascii")}
-
-
-def decode_coco(runs: dict[str, Any]) -> np.ndarray:
-    """Inverse of `encode_coco`: [H, W] bool."""
-    from pycocotools import mask as coco
-
-    given: Any = runs
-    return np.ascontiguousarray(coco.decode(given)).astype(bool)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from sam2jax.io.runs import decode_coco, encode_coco, encode_runs
+from sam2jax.io.runs import encode_coco, encode_runs
 from sam2jax.nn.sam2 import SAM2, prepare_params
 from sam2jax.predictors.grids import Box, crop_boxes, near_crop_edge, point_grids
 from sam2jax.predictors.image import preprocess
 from sam2jax.predictors.inputs import check_image
 from sam2jax.predictors.options import load_with
-from sam2jax.predictors.regions import clean_masks, filled, kept_boxes
+from sam2jax.predictors.regions import clean_masks, compressed, filled, kept_boxes, restored
 from sam2jax.segmentation.generate import Canvas, measure_masks, propose_masks
 from sam2jax.segmentation.image import encode_image
 from sam2jax.types import MAX_FED_BACK_LOGIT
@@ -42,13 +43,13 @@ GENERATOR_OPTIONS = (
     "multimask_output",
 )
 CANVAS_PIXELS = 2**25  # of masks that are judged at once at the size of the image
-MOST_LOGITS = 2048  # masks that are kept as logits (256 KiB each at 1024 px), others as run lengths
+MOST_LOGITS = 2048  # masks that are kept as logits (256 KiB each at 1024 px), others compressed
 
 
 class Found(NamedTuple):
     """Masks that have passed so far, one row each; in pixels of the image."""
 
-    masks: np.ndarray  # [C] of objects: logits [S/4, S/4] of the crop, or run lengths in the image
+    masks: np.ndarray  # [C] of objects: logits [S/4, S/4] of the crop, or drawn and compressed
     ious: np.ndarray  # [C] float32
     stability: np.ndarray  # [C] float32
     boxes: np.ndarray  # [C, 4] float32
@@ -64,7 +65,7 @@ class SAM2AutomaticMaskGenerator:
 
     Names, arguments, defaults and records are those of the official class. Masks are looked at in
     the image's size only when they have passed by their predicted IoU, and drawn only when they
-    are kept. Memory does not grow with points and crops but by the run lengths of what has passed.
+    are kept. Memory does not grow with points and crops but by what has passed, compressed.
 
     Args:
       model: from `load`, or what `build_sam2` returns.
@@ -180,8 +181,9 @@ class SAM2AutomaticMaskGenerator:
         rows = np.arange(len(masks))
         if self.min_mask_region_area > 0:
             threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
-            masks, boxes, rows = clean_masks(masks, boxes, self.min_mask_region_area, threshold)
-        return [self._record(found.take(row), masks[row], boxes[row]) for row in rows]
+            area = self.min_mask_region_area
+            masks, boxes, rows = clean_masks(masks, boxes, size, area, threshold)
+        return [self._record(found.take(row), masks[row], boxes[row], size) for row in rows]
 
     def _process_crop(
         self, image: np.ndarray, box: Box, layer: int, advance: Callable[[], Any]
@@ -198,10 +200,10 @@ class SAM2AutomaticMaskGenerator:
             parts.append(self._process_batch(features, points, box, canvas))
             held += len(parts[-1].ious)
             if held > MOST_LOGITS:
-                parts, held = [self._in_runs(part, canvas) for part in parts], 0
+                parts, held = [self._drawn(part, canvas) for part in parts], 0
             advance()
         found = Found(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-        return self._in_runs(_suppress(found, found.ious, self.box_nms_thresh), canvas)
+        return self._drawn(_suppress(found, found.ious, self.box_nms_thresh), canvas)
 
     def _process_batch(self, features: Any, points: np.ndarray, box: Box, canvas: Canvas) -> Found:
         logits, ious = self._propose(features, points)
@@ -209,16 +211,15 @@ class SAM2AutomaticMaskGenerator:
         passed = np.arange(len(ious))
         if self.pred_iou_thresh > 0:
             passed = np.flatnonzero(ious > self.pred_iou_thresh)
-        logits = logits[passed]
-        size = (canvas.rows.shape[1], canvas.columns.shape[0])
-        stability, boxes = self._measure(logits, canvas, size)
+        size = canvas.size
+        stability, boxes = self._measure(logits, passed, canvas)
         keep = ~near_crop_edge(boxes, box, size)
         if self.stability_score_thresh > 0:
             keep &= stability >= self.stability_score_thresh
         x0, y0, x1, y1 = box
         pixels = points * np.array([x1 - x0, y1 - y0]) + np.array([x0, y0])
         return Found(
-            _objects(logits[keep]),
+            _objects(_rows(logits, passed[keep])),
             ious[passed][keep],
             stability[keep],
             boxes[keep].astype(np.float32),
@@ -226,15 +227,15 @@ class SAM2AutomaticMaskGenerator:
             np.broadcast_to(np.array(box, np.float32), (int(keep.sum()), 4)),
         )
 
-    def _propose(self, features: Any, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Logits and predicted IoUs of all masks of some points."""
+    def _propose(self, features: Any, points: np.ndarray) -> tuple[jax.Array, np.ndarray]:
+        """Logits, on the device, and predicted IoUs of all masks of some points."""
         propose = partial(_propose, self.model, self.params, features)
         count, full = len(points), self.points_per_batch
         logits, ious = propose(filled(points, full), None, self.multimask_output)
         repeats = len(ious) // full
-        logits, ious = np.asarray(logits)[: count * repeats], np.asarray(ious)[: count * repeats]
         if not self.use_m2m:
-            return logits, ious
+            return logits, np.asarray(ious)[: count * repeats]
+        logits = np.asarray(logits)[: count * repeats]
         points = np.repeat(points, repeats, axis=0)
         better = []
         for start in range(0, len(points), full):
@@ -245,41 +246,46 @@ class SAM2AutomaticMaskGenerator:
             found = propose(filled(points[part], full), earlier, False)
             better.append([np.asarray(x)[: len(points[part])] for x in found])
         logits, ious = (np.concatenate(column) for column in zip(*better, strict=True))
-        return logits, ious
+        return jnp.asarray(logits), ious
 
     def _measure(
-        self, logits: np.ndarray, canvas: Canvas, size: tuple[int, int]
+        self, logits: jax.Array, rows: np.ndarray, canvas: Canvas
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Stability [C] and boxes [C, 4], a few masks at a time."""
-        stability, boxes = [np.zeros(0, np.float32)], [np.zeros((0, 4), np.int32)]
+        """Stability [C] and boxes [C, 4] of some of the masks, a few at a time."""
         threshold, offset = np.float32(self.mask_threshold), np.float32(self.stability_score_offset)
-        for part in _parts(len(logits), size):
-            found = _measure(filled(logits[part], _at_once(size)), canvas, threshold, offset)
-            stability.append(np.asarray(found.stability)[: len(logits[part])])
-            boxes.append(np.asarray(found.boxes)[: len(logits[part])])
-        return np.concatenate(stability), np.concatenate(boxes)
+        step = _at_once(canvas.size)
+        # All are begun before one is waited for.
+        found = [
+            _measure(logits, filled(rows[start : start + step], step), canvas, threshold, offset)
+            for start in range(0, len(rows), step)
+        ]
+        stability = [np.zeros(0, np.float32), *(np.asarray(part.stability) for part in found)]
+        boxes = [np.zeros((0, 4), np.int32), *(np.asarray(part.boxes) for part in found)]
+        return np.concatenate(stability)[: len(rows)], np.concatenate(boxes)[: len(rows)]
 
-    def _in_runs(self, found: Found, canvas: Canvas) -> Found:
-        """Draws the masks of a crop in the image, and keeps their run lengths."""
-        threshold = np.float32(self.mask_threshold)
+    def _drawn(self, found: Found, canvas: Canvas) -> Found:
+        """With the masks of a crop drawn in the image and compressed."""
+        masks, threshold, step = found.masks.copy(), np.float32(self.mask_threshold), 8
+        logits = [row for row, mask in enumerate(masks) if not isinstance(mask, bytes)]
+        for start in range(0, len(logits), step):
+            rows = logits[start : start + step]
+            bits = _draw(filled(np.stack(masks[rows]), step), canvas, threshold)
+            for row, drawn in zip(rows, np.asarray(bits), strict=False):
+                masks[row] = compressed(drawn)
+        return found._replace(masks=masks)
 
-        def drawn(mask: Any) -> dict[str, Any]:
-            if isinstance(mask, dict):
-                return mask
-            return encode_coco(np.asarray(_draw(mask, canvas, threshold)))
-
-        return found._replace(masks=_objects([drawn(mask) for mask in found.masks]))
-
-    def _record(self, found: Found, runs: dict[str, Any], box: np.ndarray) -> dict[str, Any]:
-        mask = decode_coco(runs)
-        segmentation: Any = mask
+    def _record(
+        self, found: Found, mask: bytes, box: np.ndarray, size: tuple[int, int]
+    ) -> dict[str, Any]:
+        segmentation: Any = restored(mask, size)
+        area = int(np.count_nonzero(segmentation))
         if self.output_mode == "uncompressed_rle":
-            segmentation = encode_runs(mask)
+            segmentation = encode_runs(segmentation)
         elif self.output_mode == "coco_rle":
-            segmentation = runs
+            segmentation = encode_coco(segmentation)
         return {
             "segmentation": segmentation,
-            "area": int(mask.sum()),
+            "area": area,
             "bbox": _xywh(box),
             "predicted_iou": float(found.ious),
             "point_coords": [found.points.tolist()],
@@ -302,6 +308,13 @@ def _objects(items: Any) -> np.ndarray:
     return array
 
 
+def _rows(logits: jax.Array, rows: np.ndarray, step: int = 32) -> list[np.ndarray]:
+    """Some of the masks, on the host."""
+    parts = [rows[start : start + step] for start in range(0, len(rows), step)]
+    found = [_take(logits, filled(part, step)) for part in parts]
+    return [mask for part in found for mask in np.asarray(part)][: len(rows)]
+
+
 def _xywh(box: np.ndarray) -> list[float]:
     x0, y0, x1, y1 = (float(edge) for edge in box)
     return [x0, y0, x1 - x0, y1 - y0]
@@ -314,11 +327,6 @@ def _suppress(found: Found, scores: np.ndarray, threshold: float) -> Found:
 def _at_once(size: tuple[int, int]) -> int:
     """How many masks are judged at once in an image of this size."""
     return int(np.clip(CANVAS_PIXELS // (size[0] * size[1]), 1, 32))
-
-
-def _parts(count: int, size: tuple[int, int]) -> Iterator[slice]:
-    step = _at_once(size)
-    return (slice(start, start + step) for start in range(0, count, step))
 
 
 def _check_grids(
@@ -343,10 +351,11 @@ _propose = jax.jit(
     ),
     static_argnums=(0, 5),
 )
-_measure = jax.jit(measure_masks)
+_measure = jax.jit(lambda logits, rows, *given: measure_masks(logits[rows], *given))
+_take = jax.jit(lambda logits, rows: logits[rows])
 
 
 @jax.jit
 def _draw(logits, canvas, threshold):
-    drawn, inside = canvas.draw(logits[None])
-    return (drawn[0] > threshold) & inside[0]
+    drawn, inside = canvas.draw(logits)
+    return jnp.packbits((drawn > threshold) & inside, axis=-1)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 import numpy as np
 import scipy.ndimage
 
-from sam2jax.io.runs import decode_coco, encode_coco
 from sam2jax.ops.boxes import non_maximum_suppression
 from sam2jax.types import power_of_two
 
 EVERYTHING = 1.0  # an IoU that no box exceeds
+LEAST_ROOM = 1024  # boxes that are compared, so that few programs are compiled
 
 
 def kept_boxes(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
@@ -21,7 +21,7 @@ def kept_boxes(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> np.nd
     order = np.argsort(-scores, kind="stable")
     if threshold >= EVERYTHING or not len(order):
         return order
-    room = power_of_two(len(order))
+    room = max(power_of_two(len(order)), LEAST_ROOM)
     kept = _suppressed(
         filled(boxes[order], room),
         filled(scores[order].astype(np.float32), room),
@@ -36,21 +36,36 @@ def filled(rows: np.ndarray, count: int) -> np.ndarray:
     return np.pad(rows, [(0, count - len(rows))] + [(0, 0)] * (rows.ndim - 1))
 
 
+def compressed(bits: np.ndarray) -> bytes:
+    """A mask [H, W / 8] uint8, as `packbits` makes it, in a few KiB."""
+    return zlib.compress(bits, 1)
+
+
+def restored(mask: bytes, size: tuple[int, int]) -> np.ndarray:
+    """A compressed mask: [H, W] bool."""
+    bits = np.frombuffer(zlib.decompress(mask), np.uint8).reshape(size[0], -1)
+    return np.unpackbits(bits, axis=1, count=size[1]).view(bool)
+
+
 def clean_masks(
-    masks: Iterable[dict[str, Any]], boxes: np.ndarray, min_area: int, threshold: float
-) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
+    masks: Iterable[bytes],
+    boxes: np.ndarray,
+    size: tuple[int, int],
+    min_area: int,
+    threshold: float,
+) -> tuple[list[bytes], np.ndarray, np.ndarray]:
     """Fills small holes, removes small regions, and drops duplicates that this makes.
 
-    Masks are run lengths. Those that need no change are preferred to those that do. Returns all
+    Masks are compressed. Those that need no change are preferred to those that do. Returns all
     masks and boxes [C, 4], changed where needed, and the rows to keep in order of preference.
     """
     cleaned, new_boxes, changed = [], [], []
-    for runs, box in zip(masks, boxes, strict=True):
-        mask = decode_coco(runs)
+    for held, box in zip(masks, boxes, strict=True):
+        mask = restored(held, size)
         filled = ~_without_small(~mask, min_area, keep_one=False)
         whole = _without_small(filled, min_area, keep_one=True)
         changed.append(not np.array_equal(whole, mask))
-        cleaned.append(encode_coco(whole) if changed[-1] else runs)
+        cleaned.append(compressed(np.packbits(whole, axis=1)) if changed[-1] else held)
         new_boxes.append(_box(whole) if changed[-1] else box)
     scores = 1.0 - np.array(changed, np.float32)
     boxes = np.array(new_boxes, np.float32).reshape(-1, 4)

@@ -41,6 +41,11 @@ class Canvas(Tree):
         }
         return cls(**fields)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the image."""
+        return self.rows.shape[1], self.columns.shape[0]
+
     def draw(self, masks: Array) -> tuple[Array, Array]:
         """Mask logits [C, S/4, S/4] in the image [C, H, W], and where the crop is: [1, H, W]."""
         wide = einsum("chw,xw->chx", masks, self.columns)
