@@ -269,7 +269,8 @@ class SAM2AutomaticMaskGenerator:
         logits = [row for row, mask in enumerate(masks) if not isinstance(mask, bytes)]
         for start in range(0, len(logits), step):
             rows = logits[start : start + step]
-            bits = _draw(filled(np.stack(masks[rows]), step), canvas, threshold)
+            given = filled(np.stack([masks[row] for row in rows]), step)
+            bits = _draw(given, canvas, threshold)
             for row, drawn in zip(rows, np.asarray(bits), strict=False):
                 masks[row] = compressed(drawn)
         return found._replace(masks=masks)

@@ -38,7 +38,7 @@ def filled(rows: np.ndarray, count: int) -> np.ndarray:
 
 def compressed(bits: np.ndarray) -> bytes:
     """A mask [H, W / 8] uint8, as `packbits` makes it, in a few KiB."""
-    return zlib.compress(bits, 1)
+    return zlib.compress(bits.tobytes(), 1)
 
 
 def restored(mask: bytes, size: tuple[int, int]) -> np.ndarray:
