@@ -320,8 +320,9 @@ def session_video() -> np.ndarray:
 def session_predictor() -> Any:
     from sam2jax.nn.sam2 import SAM2
     from sam2jax.predictors.video import SAM2VideoPredictor
+    from sam2jax.testing import random_params
 
-    return SAM2VideoPredictor(SAM2(small_model()), {})
+    return SAM2VideoPredictor(SAM2(small_model()), random_params(small_model(), 0))
 
 
 def session_files(folder: pathlib.Path) -> list[bytes]:

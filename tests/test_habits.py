@@ -10,7 +10,7 @@ import numpy as np
 import sam2jax
 from sam2jax import Prompts, memory
 from sam2jax.cli.session import log_shown
-from sam2jax.testing import small_config
+from sam2jax.testing import random_params, small_config
 from tests.conftest import ROOT
 
 MODEL = sam2jax.SAM2(small_config(image_size=64))
@@ -70,7 +70,7 @@ def test_the_command_line_shows_the_log_and_the_library_prints_nothing(capsys):
 
 
 def test_sessions_show_themselves():
-    predictor = sam2jax.SAM2VideoPredictor(MODEL, {})
+    predictor = sam2jax.SAM2VideoPredictor(MODEL, random_params(MODEL.config, 0))
     state = predictor.init_state(np.zeros((3, 48, 80, 3), np.uint8))
     assert repr(state) == (
         "InferenceState(the array, 80x48, obj_ids=[], prompted frames=[], 0 frames tracked)"
