@@ -82,18 +82,18 @@ def self_attention(
     """
     if kernel and qkv.dtype == jnp.bfloat16:
         return _as_they_lie(num_heads, qkv, query)
-    return _by_heads(num_heads, qkv, query)
+    return _by_heads(num_heads, False, qkv, query)
 
 
-def _by_heads(num_heads: int, qkv: Array, query: Array | None) -> Array:
+def _by_heads(num_heads: int, kernel: bool, qkv: Array, query: Array | None) -> Array:
     own, key, value = jnp.split(qkv, 3, axis=-1)
     parts = (fold_heads(x, num_heads) for x in (own if query is None else query, key, value))
-    return unfold_heads(attention(*parts, kernel=False), num_heads)
+    return unfold_heads(attention(*parts, kernel=kernel), num_heads)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _as_they_lie(num_heads: int, qkv: Array, query: Array | None) -> Array:
-    by_heads = functools.partial(_by_heads, num_heads)
+    by_heads = functools.partial(_by_heads, num_heads, False)
     kernels = _kernels_of_gpus()
     if kernels is None:
         return by_heads(qkv, query)
@@ -103,9 +103,9 @@ def _as_they_lie(num_heads: int, qkv: Array, query: Array | None) -> Array:
 
 _as_they_lie.defvjp(
     lambda num_heads, *given: (_as_they_lie(num_heads, *given), given),
-    lambda num_heads, given, gradient: jax.vjp(functools.partial(_by_heads, num_heads), *given)[1](
-        gradient
-    ),
+    lambda num_heads, given, gradient: jax.vjp(
+        functools.partial(_by_heads, num_heads, True), *given
+    )[1](gradient),
 )
 
 
