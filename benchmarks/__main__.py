@@ -67,7 +67,14 @@ def parser() -> argparse.ArgumentParser:
     add("--train-size", type=int, default=256, help="pixels a side of frames in training")
     add("--side", type=int, default=32, help="points per side of automatic masks")
     add("--picture", help="for images; a drawn one where left out")
-    add("--compiled", action="store_true", help="the official package under torch.compile")
+    add(
+        "--compiled",
+        nargs="?",
+        const="max-autotune",
+        choices=("max-autotune", "reduce-overhead"),
+        help="the official package under torch.compile, in max-autotune, as it asks for, or in "
+        "another mode, which compiles sooner",
+    )
     add("--alone", action="store_true", help="time ours only")
     add("--small", action="store_true", help="a small model, once: does everything run?")
     return parser
@@ -96,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chip = re.sub(r"\W+", "-", device.lower()).strip("-")
     names = "+".join(settings.variants)
     slug = f"{names}-{settings.first.image_size}-{settings.dtype}-{chip}"
-    slug += "-compiled" * settings.compiled
+    slug += "-compiled" if settings.compiled else ""
     for section in sections or SECTIONS:
         rows = []
         for row in importlib.import_module(f"benchmarks.{section}").rows(settings):

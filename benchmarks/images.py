@@ -55,7 +55,7 @@ def rows(settings: Settings) -> Iterator[Row]:
     theirs = Official(config, settings.compiled) if settings.official else None
     exact = None
     if theirs and config.dtype != "float32":
-        exact = Official(settings.exact, compiled=False)
+        exact = Official(settings.exact, compiled=None)
         exact.set_image(image)
 
     def embed() -> None:
@@ -81,7 +81,7 @@ def rows(settings: Settings) -> Iterator[Row]:
 class Official:
     """The official image predictor and mask generator."""
 
-    def __init__(self, config: SAM2Config, compiled: bool) -> None:
+    def __init__(self, config: SAM2Config, compiled: str | None) -> None:
         from benchmarks import official
         from tests import oracle
 

@@ -30,7 +30,7 @@ MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 class Official:
     """The official predictor, tracking in a session whose objects share one full memory."""
 
-    def __init__(self, config: SAM2Config, frames: np.ndarray, compiled: bool) -> None:
+    def __init__(self, config: SAM2Config, frames: np.ndarray, compiled: str | None) -> None:
         from benchmarks import official
 
         self.model = official.build(config, compiled)
@@ -105,7 +105,7 @@ def rows(settings: Settings) -> Iterator[Row]:
     if settings.official:
         theirs = Official(config, pictures, settings.compiled)
         if config.dtype != "float32":
-            exact = Official(settings.exact, pictures, compiled=False)
+            exact = Official(settings.exact, pictures, compiled=None)
     measured = []
     for count in settings.objects:
         for side in filter(None, (ours, theirs, exact)):

@@ -21,16 +21,29 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def build(config: SAM2Config, compiled: bool) -> Any:
-    """The official video predictor; `compiled` is its `vos_optimized=True`, encoder included."""
+def build(config: SAM2Config, compiled: str | None) -> Any:
+    """The official video predictor; `compiled`: a mode of `torch.compile`, for what it compiles
+    with `vos_optimized=True` and the encoder."""
     model = oracle.build(config, SEED).to(DEVICE)
     if compiled:
         model.__class__ = SAM2VideoPredictorVOS
-        model._compile_all_components()
-        options = {"mode": "max-autotune", "fullgraph": True, "dynamic": False}
-        model.image_encoder.forward = torch.compile(model.image_encoder.forward, **options)
+        with compiling(compiled):
+            model._compile_all_components()
+            options = {"fullgraph": True, "dynamic": False}
+            model.image_encoder.forward = torch.compile(model.image_encoder.forward, **options)
         model.track_step = marked(model.track_step)
     return model
+
+
+@contextlib.contextmanager
+def compiling(mode: str) -> Iterator[None]:
+    """Has what asks for another mode compile in this one."""
+    as_asked = torch.compile
+    torch.compile = lambda function, **options: as_asked(function, **options | {"mode": mode})
+    try:
+        yield
+    finally:
+        torch.compile = as_asked
 
 
 def marked(step: Callable[..., Any]) -> Callable[..., Any]:

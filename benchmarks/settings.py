@@ -26,7 +26,7 @@ class Settings:
     train_size: int  # pixels a side of frames in training, at most
     side: int  # points per side of automatic masks
     picture: str | None
-    compiled: bool  # the official package under torch.compile
+    compiled: str | None  # mode of torch.compile, for the official package
     official: bool  # there is an official package to compare with
 
     def config(self, variant: str) -> SAM2Config:

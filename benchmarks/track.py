@@ -138,7 +138,7 @@ def remember(model, features, masks):
 class Official:
     """The official model in the same situations."""
 
-    def __init__(self, config: SAM2Config, frames: np.ndarray, compiled: bool) -> None:
+    def __init__(self, config: SAM2Config, frames: np.ndarray, compiled: str | None) -> None:
         from benchmarks import official
         from tests import oracle
 
@@ -216,7 +216,7 @@ def of_variant(settings: Settings, variant: str, rate: float) -> Iterator[Row]:
     if settings.official:
         theirs = Official(config, frames, settings.compiled)
         if config.dtype != "float32":
-            exact = Official(dataclasses.replace(config, dtype="float32"), frames, compiled=False)
+            exact = Official(dataclasses.replace(config, dtype="float32"), frames, compiled=None)
 
     def row(name: str, stage: str, *args: int) -> Row:
         mine = functools.partial(getattr(ours, stage), *args)
