@@ -42,7 +42,7 @@ GENERATOR_OPTIONS = (
     "use_m2m",
     "multimask_output",
 )
-CANVAS_PIXELS = 2**25  # of masks that are judged at once at the size of the image
+CANVAS_PIXELS = 2**25  # of masks that are judged or drawn at once at the size of the image
 MOST_LOGITS = 2048  # masks that are kept as logits (256 KiB each at 1024 px), others compressed
 
 
@@ -265,7 +265,8 @@ class SAM2AutomaticMaskGenerator:
 
     def _drawn(self, found: Found, canvas: Canvas) -> Found:
         """With the masks of a crop drawn in the image and compressed."""
-        masks, threshold, step = found.masks.copy(), np.float32(self.mask_threshold), 8
+        masks, threshold = found.masks.copy(), np.float32(self.mask_threshold)
+        step = _at_once(canvas.size)
         logits = [row for row, mask in enumerate(masks) if not isinstance(mask, bytes)]
         for start in range(0, len(logits), step):
             rows = logits[start : start + step]
@@ -326,7 +327,7 @@ def _suppress(found: Found, scores: np.ndarray, threshold: float) -> Found:
 
 
 def _at_once(size: tuple[int, int]) -> int:
-    """How many masks are judged at once in an image of this size."""
+    """How many masks are judged or drawn at once in an image of this size."""
     return int(np.clip(CANVAS_PIXELS // (size[0] * size[1]), 1, 32))
 
 
