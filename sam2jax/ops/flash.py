@@ -96,12 +96,9 @@ def _kernel(splits: int, length_ref, query_ref, key_ref, value_ref, out_ref, log
         scores = triton.dot(query, key_ref[pl.ds(start, KEYS), :].T) * _PER_BIT
         valid = start + lax.broadcasted_iota(jnp.int32, scores.shape, 1) < length
         scores = jnp.where(valid, scores, MASKED)
-        new_max = jnp.maximum(row_max, jnp.max(scores, axis=1))
-        weights = jnp.exp2(scores - new_max[:, None])
-        shrunk = jnp.exp2(row_max - new_max)
+        weights, shrunk, row_sum, row_max = _weighed(scores, row_sum, row_max)
         part = triton.dot(weights.astype(value_ref.dtype), value_ref[pl.ds(start, KEYS), :])
-        row_sum = row_sum * shrunk + jnp.sum(weights, axis=1)
-        return total * shrunk[:, None] + part, row_sum, new_max
+        return total * shrunk + part, row_sum, row_max
 
     rows = jnp.zeros((query.shape[0],), jnp.float32)
     carry = jnp.zeros(out_ref.shape, jnp.float32), rows, rows + MASKED
@@ -109,6 +106,15 @@ def _kernel(splits: int, length_ref, query_ref, key_ref, value_ref, out_ref, log
     row_sum = jnp.maximum(row_sum, jnp.finfo(jnp.float32).tiny)
     out_ref[...] = total / row_sum[:, None]
     log_sum_ref[...] = (row_max + jnp.log2(row_sum)) / _PER_BIT
+
+
+def _weighed(scores: Array, row_sum: Array, row_max: Array) -> tuple[Array, Array, Array, Array]:
+    """A step of the online softmax, in powers of two: the weights of a block of keys, what all
+    before them shrinks by [T, 1], and the sum and the greatest score of each row so far."""
+    new_max = jnp.maximum(row_max, jnp.max(scores, axis=1))
+    weights = jnp.exp2(scores - new_max[:, None])
+    shrunk = jnp.exp2(row_max - new_max)
+    return weights, shrunk[:, None], row_sum * shrunk + jnp.sum(weights, axis=1), new_max
 
 
 def self_attention(
@@ -178,16 +184,13 @@ def _self_kernel(queries: int, keys: int, query_ref, qkv_ref, out_ref) -> None:
         )
         scores = sum(products) * (channels**-0.5 * _PER_BIT)
         scores = jnp.where((place < tokens)[None], scores, MASKED)
-        new_max = jnp.maximum(row_max, jnp.max(scores, axis=1))
-        weights = jnp.exp2(scores - new_max[:, None])
-        shrunk = jnp.exp2(row_max - new_max)
-        row_sum = row_sum * shrunk + jnp.sum(weights, axis=1)
+        weights, shrunk, row_sum, row_max = _weighed(scores, row_sum, row_max)
         weights = weights.astype(out_ref.dtype)
         totals = tuple(
-            total * shrunk[:, None] + triton.dot(weights, take(qkv_ref, 2, place, lanes))
+            total * shrunk + triton.dot(weights, take(qkv_ref, 2, place, lanes))
             for total, lanes in zip(totals, parts, strict=True)
         )
-        return totals, row_sum, new_max
+        return totals, row_sum, row_max
 
     rows = jnp.zeros((queries,), jnp.float32)
     totals = tuple(jnp.zeros((queries, len(lanes)), jnp.float32) for lanes in parts)
