@@ -1,5 +1,6 @@
 """Pure functions against plain definitions of what they compute."""
 
+import itertools
 import sys
 
 import jax
@@ -93,32 +94,53 @@ def test_the_kernel_for_gpus_equals_blocks_of_keys(lengths):
 
 
 # Tokens and channels that are no powers of two, several heads, more than one block of queries,
-# queries that were pooled, and whole maps.
+# queries that were pooled, windows that reach beyond the map, and whole maps.
 @pytest.mark.parametrize(
-    "tokens, pooled, heads, channels",
+    "side, window, pool, heads, channels",
     [
-        (16, None, 2, 24),
-        (16, 4, 2, 16),
-        (49, None, 3, 16),
-        (196, None, 1, 72),
-        (196, 49, 2, 24),
-        (256, None, 1, 112),
-        (2048, None, 1, 16),
+        (8, 4, 1, 2, 24),
+        (8, 4, 2, 2, 16),
+        (10, 7, 1, 3, 16),
+        (16, 14, 1, 1, 72),
+        (16, 14, 2, 2, 24),
+        (16, 16, 1, 1, 112),
+        (46, 0, 1, 1, 16),
     ],
 )
-def test_attention_to_each_other_is_that_of_heads(tokens, pooled, heads, channels):
-    given = [normal(0, 3, tokens, 3 * heads * channels).astype(jnp.bfloat16), None]
-    if pooled:
-        given[1] = normal(1, 3, pooled, heads * channels).astype(jnp.bfloat16)
+def test_attention_to_each_other_is_that_of_heads(side, window, pool, heads, channels):
+    width = heads * channels
+    given = [normal(0, 2, side, side, 3 * width), normal(1, 3 * width), None]
+    if pool > 1:
+        given[2] = normal(2, 2, side // pool, side // pool, width)
+    given[::2] = [x if x is None else x.astype(jnp.bfloat16) for x in given[::2]]
 
-    def attend(qkv, query):
-        return attention_ops.self_attention(qkv, heads, query=query)
+    def attend(qkv, outside, query):
+        return attention_ops.self_attention(qkv, outside, heads, window=window, query=query)
+
+    def plainly(qkv, outside, query):
+        """Window by window and head by head."""
+        size = window or side
+        beyond = ((0, 0), (0, -side % size), (0, -side % size), (0, 0))
+        asking = qkv[..., :width] if query is None else query
+        asking = np.pad(asking, ((0, 0), *[(0, (-side % size) // pool)] * 2, (0, 0)))
+        held = np.pad(qkv - outside, beyond) + outside
+        out = np.zeros_like(asking)
+        for y, x, h in itertools.product(*[range(0, side, size)] * 2, range(heads)):
+            rows, columns = (slice(n // pool, (n + size) // pool) for n in (y, x))
+            own = np.s_[:, rows, columns, h * channels : (h + 1) * channels]
+            tokens = held[:, y : y + size, x : x + size].reshape(2, size**2, 3, heads, channels)
+            key, value = tokens[:, :, 1, h], tokens[:, :, 2, h]
+            found = plain_attention(asking[own].reshape(2, -1, channels), key, value, [size**2] * 2)
+            out[own] = found.reshape(out[own].shape)
+        return out[:, : side // pool, : side // pool]
 
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), given)
-    for found in (flash.self_attention(*given, num_heads=heads, interpret=True), attend(*given)):
-        assert found.shape == (3, pooled or tokens, heads * channels)
-        assert found.dtype == jnp.bfloat16
-        np.testing.assert_allclose(found.astype("float32"), attend(*exact), atol=2e-2)
+    expected = plainly(*(x if x is None else np.asarray(x) for x in exact))
+    np.testing.assert_allclose(attend(*exact), expected, atol=1e-5)
+    in_one = flash.self_attention(*given, num_heads=heads, window=window, interpret=True)
+    for found in (in_one, attend(*given)):
+        assert found.shape == expected.shape and found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found.astype("float32"), expected, atol=2e-2, rtol=1e-2)
 
     def total(given):
         return jnp.sum(jnp.sin(attend(*given).astype(jnp.float32)))
@@ -166,6 +188,8 @@ def test_windows_come_back_together(height, width, size):
 def test_windows_hold_neighbouring_pixels():
     x = jnp.arange(16.0).reshape(1, 4, 4, 1)
     assert window_partition(x, 2)[1, ..., 0].tolist() == [[2.0, 3.0], [6.0, 7.0]]
+    filled = window_partition(x, 3, jnp.full(1, -1.0))
+    assert filled[1, ..., 0].tolist() == [[3.0, -1.0, -1.0], [7.0, -1.0, -1.0], [11.0, -1.0, -1.0]]
 
 
 def test_depthwise_convolution_equals_the_grouped_one():

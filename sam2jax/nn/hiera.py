@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import lax
 
 from sam2jax.config import HieraConfig
 from sam2jax.nn.layers import (
@@ -11,43 +12,48 @@ from sam2jax.nn.layers import (
     Conv,
     LayerNorm,
     Linear,
+    Projection,
     drop_path,
     embedding_init,
 )
 from sam2jax.ops.attention import self_attention
 from sam2jax.ops.conv import max_pool_2x2
-from sam2jax.ops.linear import gelu
+from sam2jax.ops.linear import gelu, linear
 from sam2jax.ops.resize import resize_bicubic
-from sam2jax.ops.windows import window_partition, window_unpartition
 from sam2jax.types import Array
 
 POSITION = "position"  # in prepared parameters, the map that is added to an image
 
 
 class MultiScaleAttention(nn.Module):
-    """Self-attention within each map it is given; queries may be pooled 2x2 first."""
+    """Self-attention within windows, or over the whole map; queries may be pooled 2x2 first."""
 
+    in_features: int
     features: int
     num_heads: int
+    window: int
     pool: bool
     dtype: jnp.dtype
     kernels: bool
 
     def setup(self) -> None:
-        self.qkv = Linear(3 * self.features, self.dtype)
+        self.qkv = Projection(self.in_features, 3 * self.features)
         self.proj = Linear(self.features, self.dtype)
 
     def __call__(self, x: Array) -> Array:
-        batch, height, width, _ = x.shape
-        qkv = self.qkv(x)
-        query = None
-        if self.pool:
-            query = max_pool_2x2(qkv[..., : self.features])
-            height, width = query.shape[1:3]
-            query = query.reshape(batch, -1, self.features)
-        qkv = qkv.reshape(batch, -1, qkv.shape[-1])
-        out = self_attention(qkv, self.num_heads, query=query, kernel=self.kernels)
-        return self.proj(out).reshape(batch, height, width, self.features)
+        kernel, bias = self.qkv()
+        qkv = linear(x, kernel, bias, self.dtype)
+        query = max_pool_2x2(qkv[..., : self.features]) if self.pool else None
+        # Official windows are filled up with zeros before they are projected.
+        out = self_attention(
+            qkv,
+            bias,
+            self.num_heads,
+            window=self.window,
+            query=query,
+            kernel=self.kernels,
+        )
+        return self.proj(out)
 
 
 class MultiScaleBlock(nn.Module):
@@ -65,19 +71,23 @@ class MultiScaleBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shortcut = x
-        x = LayerNorm(1e-6, name="norm1")(x)
+        x = LayerNorm(1e-6, name="norm1")(x).astype(self.dtype)
         if x.shape[-1] != self.features:
-            shortcut = Linear(self.features, self.dtype, name="proj")(x)
+            # Or XLA makes one product of this one and `qkv`, and a copy to part them again.
+            apart = lax.optimization_barrier(x)
+            shortcut = Linear(self.features, self.dtype, name="proj")(apart)
             if self.pool:
                 shortcut = max_pool_2x2(shortcut)
-        attn = MultiScaleAttention(
-            self.features, self.num_heads, self.pool, self.dtype, self.kernels, name="attn"
-        )
-        if self.window:
-            x = attn(window_partition(x.astype(self.dtype), self.window))
-            x = window_unpartition(x, *shortcut.shape[1:3])
-        else:
-            x = attn(x)
+        x = MultiScaleAttention(
+            x.shape[-1],
+            self.features,
+            self.num_heads,
+            self.window,
+            self.pool,
+            self.dtype,
+            self.kernels,
+            name="attn",
+        )(x)
         x = shortcut + drop_path(self, x, self.drop_path)
         mlp = MLP((self.mlp_ratio * self.features, self.features), self.dtype, gelu, name="mlp")
         return x + drop_path(self, mlp(LayerNorm(1e-6, name="norm2")(x)), self.drop_path)

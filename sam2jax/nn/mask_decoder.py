@@ -84,7 +84,7 @@ class ImageAttention(nn.Module):
 
     def _project(self, tokens: Array, projection: Projection) -> Array:
         """[N, T, C] -> [N, T, heads, d] float32: tokens are few, so they can be exact."""
-        out = linear(tokens, *projection(), self.dtype).astype(jnp.float32)
+        out = linear(tokens, *projection(), jnp.dtype("float32"))
         return out.reshape(*out.shape[:2], self.num_heads, -1)
 
     def from_image(self, tokens: Array, keys: Array, values: Array) -> Array:
@@ -102,7 +102,7 @@ class ImageAttention(nn.Module):
         pooled = pooled.reshape(count, self.num_heads, length, self.features)
         out = einsum("nhtc,chd->nthd", pooled.astype(jnp.float32), self._kernel(self.v_proj))
         out = out.reshape(count, length, -1) + self.v_proj()[1].reshape(1, 1, -1)
-        return linear(out, *self.out_proj(), self.dtype)
+        return linear(out, *self.out_proj(), jnp.dtype("float32"))
 
     def to_image(self, queries: Array, keys: Array, values: Array, mask: Array) -> Array:
         """Positions [1 or N, HW, C] attend to tokens' keys and values [N, T, C] -> [N, HW, C].

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sam2jax.ops.linear import einsum, rounded_einsum
+from sam2jax.ops.windows import window_partition, window_unpartition
 from sam2jax.types import Array
 
 BLOCK = 1024  # keys at a time
@@ -67,44 +68,66 @@ def attention(
 
 
 def self_attention(
-    qkv: Array, num_heads: int, *, query: Array | None = None, kernel: bool = True
+    qkv: Array,
+    outside: Array,
+    num_heads: int,
+    *,
+    window: int = 0,
+    query: Array | None = None,
+    kernel: bool = True,
 ) -> Array:
-    """Tokens attend to each other.
+    """Cells of a map attend to each other, within square windows or all to all.
 
     Args:
-      qkv: [B, T, 3 * heads * d], queries, keys and values, heads side by side in each.
+      qkv: [B, H, W, 3 * heads * d], queries, keys and values, heads side by side in each.
+      outside: [3 * heads * d], what windows hold of it where they reach beyond the map.
       num_heads: side by side.
-      query: [B, Q, heads * d] in place of the tokens' own queries; Q is at most T.
+      window: its side; 0: the whole map is one.
+      query: [B, H / p, W / p, heads * d], pooled, in place of the cells' own queries.
       kernel: in bfloat16 it is one kernel on NVIDIA GPUs.
 
     Returns:
-      [B, Q or T, heads * d].
+      [B, H, W, heads * d], or as `query`.
     """
     if kernel and qkv.dtype == jnp.bfloat16:
-        return _as_they_lie(num_heads, qkv, query)
-    return _by_heads(num_heads, False, qkv, query)
+        return _as_they_lie(num_heads, window, qkv, outside, query)
+    return _by_heads(num_heads, window, False, qkv, outside, query)
 
 
-def _by_heads(num_heads: int, kernel: bool, qkv: Array, query: Array | None) -> Array:
-    own, key, value = jnp.split(qkv, 3, axis=-1)
-    parts = (fold_heads(x, num_heads) for x in (own if query is None else query, key, value))
-    return unfold_heads(attention(*parts, kernel=kernel), num_heads)
+def _by_heads(
+    num_heads: int, window: int, kernel: bool, qkv: Array, outside: Array, query: Array | None
+) -> Array:
+    batch, height, width, channels = qkv.shape
+    if query is None:
+        query = qkv[..., : channels // 3]
+    rows, columns = query.shape[1:3]
+    pool = height // rows
+    if window:
+        query = window_partition(query, window // pool)
+        qkv = window_partition(qkv, window, outside)
+    _, key, value = jnp.split(qkv, 3, axis=-1)
+    flat = (x.reshape(len(x), -1, x.shape[-1]) for x in (query, key, value))
+    parts = (fold_heads(x, num_heads) for x in flat)
+    out = unfold_heads(attention(*parts, kernel=kernel), num_heads).reshape(query.shape)
+    return window_unpartition(out, rows, columns) if window else out
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _as_they_lie(num_heads: int, qkv: Array, query: Array | None) -> Array:
-    by_heads = functools.partial(_by_heads, num_heads, False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _as_they_lie(
+    num_heads: int, window: int, qkv: Array, outside: Array, query: Array | None
+) -> Array:
+    by_heads = functools.partial(_by_heads, num_heads, window, False)
     kernels = _kernels_of_gpus()
     if kernels is None:
-        return by_heads(qkv, query)
-    in_one = functools.partial(kernels.self_attention, num_heads=num_heads)
-    return lax.platform_dependent(qkv, query, cuda=in_one, default=by_heads)
+        return by_heads(qkv, outside, query)
+    in_one = functools.partial(kernels.self_attention, num_heads=num_heads, window=window)
+    return lax.platform_dependent(qkv, outside, query, cuda=in_one, default=by_heads)
 
 
 _as_they_lie.defvjp(
-    lambda num_heads, *given: (_as_they_lie(num_heads, *given), given),
-    lambda num_heads, given, gradient: jax.vjp(
-        functools.partial(_by_heads, num_heads, True), *given
+    lambda num_heads, window, *given: (_as_they_lie(num_heads, window, *given), given),
+    lambda num_heads, window, given, gradient: jax.vjp(
+        functools.partial(_by_heads, num_heads, window, True), *given
     )[1](gradient),
 )
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sam2jax.ops.linear import einsum, linear, precision, product
+from sam2jax.ops.linear import einsum, linear, precision
 from sam2jax.types import Array
 
 
@@ -17,8 +17,8 @@ def conv(
     x: Array, kernel: Array, bias: Array, *, stride: int, padding: int, dtype: jnp.dtype
 ) -> Array:
     """Convolution with a [kh, kw, I, O] kernel and the same zero padding on every side."""
-    y: Any = _convolve(x.astype(dtype), kernel, stride, padding)
-    return (y + bias.astype(dtype).reshape(1, 1, 1, -1)).astype(dtype)
+    y: Any = _convolve(x.astype(dtype), kernel, bias.astype(dtype), stride, padding)
+    return y
 
 
 def _library_convolve(x: Array, kernel: Array, stride: int, padding: int) -> Array:
@@ -33,7 +33,9 @@ def _library_convolve(x: Array, kernel: Array, stride: int, padding: int) -> Arr
     )
 
 
-def _convolve_as_product(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+def _convolve_as_product(
+    x: Array, kernel: Array, bias: Array | None, stride: int, padding: int
+) -> Array:
     """Pixels become cells of `stride` x `stride`, and each kernel reaches over a few of them."""
     (batch, height, width, channels), (size, _, _, features) = x.shape, kernel.shape
     reach = -(-size // stride)  # cells
@@ -49,30 +51,30 @@ def _convolve_as_product(x: Array, kernel: Array, stride: int, padding: int) -> 
     rest = (0, reach * stride - size)
     kernel = jnp.pad(kernel, (rest, rest, (0, 0), (0, 0)))
     kernel = kernel.reshape(reach, stride, reach, stride, channels, features).swapaxes(1, 2)
-    return product(x, kernel.reshape(-1, features))
+    return linear(x, kernel.reshape(-1, features), bias, x.dtype)
 
 
 # XLA's own kernel gradients take a hundred times as long on a CPU as a product for each cell of the
 # kernel. On a GPU cuDNN is slow with as few channels as there are here, forward and backward.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolve(x: Array, kernel: Array, stride: int, padding: int) -> Array:
-    """[B, H, W, I] -> [B, H', W', O] float32; the kernel is rounded to what `x` is in."""
-    options = {"stride": stride, "padding": padding}
-    return lax.platform_dependent(
-        x,
-        kernel,
-        cpu=functools.partial(_library_convolve, **options),
-        default=functools.partial(_convolve_as_product, **options),
-    )
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _convolve(x: Array, kernel: Array, bias: Array, stride: int, padding: int) -> Array:
+    """[B, H, W, I] -> [B, H', W', O] in the dtype of `x`, to which the kernel is rounded."""
+
+    def by_library(x: Array, kernel: Array, bias: Array) -> Array:
+        y = _library_convolve(x, kernel, stride, padding)
+        return (y + bias.reshape(1, 1, 1, -1)).astype(x.dtype)
+
+    by_product = functools.partial(_convolve_as_product, stride=stride, padding=padding)
+    return lax.platform_dependent(x, kernel, bias, cpu=by_library, default=by_product)
 
 
-def _convolve_forward(x: Array, kernel: Array, stride: int, padding: int):
-    return _convolve(x, kernel, stride, padding), (x, kernel)
+def _convolve_forward(x: Array, kernel: Array, bias: Array, stride: int, padding: int):
+    return _convolve(x, kernel, bias, stride, padding), (x, kernel)
 
 
 def _convolve_backward(
     stride: int, padding: int, residuals: tuple[Array, Array], gradient: Array
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     def of_library(x: Array, kernel: Array, gradient: Array):
         def by_x(x: Array) -> Array:
             return _library_convolve(x, kernel, stride, padding).astype(gradient.dtype)
@@ -81,11 +83,14 @@ def _convolve_backward(
         return jax.vjp(by_x, x)[1](gradient)[0], for_kernel.astype(kernel.dtype)
 
     def of_product(x: Array, kernel: Array, gradient: Array):
-        way = functools.partial(_convolve_as_product, stride=stride, padding=padding)
-        return jax.vjp(way, x, kernel)[1](gradient.astype(jnp.float32))
+        way = functools.partial(_convolve_as_product, bias=None, stride=stride, padding=padding)
+        return jax.vjp(way, x, kernel)[1](gradient)
 
-    gradient = gradient.astype(residuals[0].dtype)
-    return lax.platform_dependent(*residuals, gradient, cpu=of_library, default=of_product)
+    by_x, by_kernel = lax.platform_dependent(
+        *residuals, gradient, cpu=of_library, default=of_product
+    )
+    by_bias = jnp.sum(gradient, axis=(0, 1, 2), dtype=jnp.float32).astype(gradient.dtype)
+    return by_x, by_kernel, by_bias
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
@@ -128,11 +133,11 @@ def _shifted_products(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
             for j in range(size):
                 shifted = padded[:, i : i + height, j : j + width].astype(jnp.float32)
                 y = y + shifted * kernel[i, j].reshape(1, 1, 1, -1)
-            if by_rows:
+            if by_rows and i % 2:
                 y, padded = lax.optimization_barrier((y, padded))
         return y
 
-    # For GPUs XLA fuses seven products well; of 49 it writes half to memory.
+    # For GPUs XLA fuses 14 products well; 28 take minutes to compile, of 49 half are written out.
     return lax.platform_dependent(
         x.astype(dtype),
         kernel.astype(dtype).astype(jnp.float32),

@@ -8,6 +8,7 @@ keys. Within an image heads are read where the projection has left them, and not
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -118,85 +119,154 @@ def _weighed(scores: Array, row_sum: Array, row_max: Array) -> tuple[Array, Arra
 
 
 def self_attention(
-    qkv: Array, query: Array | None = None, *, num_heads: int, interpret: bool = False
+    qkv: Array,
+    outside: Array,
+    query: Array | None = None,
+    *,
+    num_heads: int,
+    window: int,
+    interpret: bool = False,
 ) -> Array:
-    """Attention of tokens to each other, within each of many windows or over a whole map.
+    """Attention of a map's cells to each other, within windows or over the whole map.
 
     Args:
-      qkv: [B, T, 3 * heads * d] bfloat16: queries, keys and values, heads side by side in each.
-      query: [B, Q, heads * d] in place of those queries.
+      qkv: [B, H, W, 3 * heads * d] bfloat16: queries, keys and values, heads side by side in each.
+      outside: [3 * heads * d], what windows hold of it where they reach beyond the map.
+      query: [B, H / p, W / p, heads * d] in place of those queries.
       num_heads: side by side.
+      window: its side; 0: the whole map is one.
       interpret: run it as JAX, on any device.
 
     Returns:
-      [B, Q or T, heads * d].
+      [B, H, W, heads * d], or as `query`.
     """
-    count, tokens, width = qkv.shape
-    channels = width // (3 * num_heads)
-    qkv = qkv.reshape(count, tokens, 3, num_heads, channels)
-    query = qkv if query is None else query.reshape(count, -1, 1, num_heads, channels)
-    asking = query.shape[1]
+    batch, height, width, channels = qkv.shape
+    channels //= 3 * num_heads
+    rows, columns = (height, width) if query is None else query.shape[1:3]
+    pool = height // rows
+    side = (window, window) if window else (height, width)
+    cells = Windows((height, width), side)
+    asked = Windows((rows, columns), (side[0] // pool, side[1] // pool))
+    qkv = qkv.reshape(batch, -1, 3, num_heads, channels)
+    query = qkv if query is None else query.reshape(batch, -1, 1, num_heads, channels)
+    outside = outside.astype(qkv.dtype).reshape(3, num_heads, channels)
     # The fastest on an H200 among some.
     queries, keys = QUERIES, KEYS
-    if asking % queries:
-        queries, keys = min(max(power_of_two(asking), LEAST), 64), 32
-    warps = 8 if tokens > 256 else 4 if tokens > LEAST else 1
+    if asked.tokens % queries:
+        queries, keys = min(max(power_of_two(asked.tokens), LEAST), 64), 32
+    warps = 8 if cells.tokens > 256 else 4 if cells.tokens > LEAST else 1
 
     def of_head(x: Array) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *x.shape[1:3], None, channels), lambda b, h, i: (b, 0, 0, h, 0))
+        block = (None, *x.shape[1:3], None, channels)
+        return pl.BlockSpec(block, lambda w, h, i: (lax.div(w, cells.count), 0, 0, h, 0))
 
     out = pl.pallas_call(
-        functools.partial(_self_kernel, queries, keys),
-        grid=(count, num_heads, pl.cdiv(asking, queries)),
-        in_specs=[of_head(query), of_head(qkv)],
-        out_specs=pl.BlockSpec((None, asking, None, channels), lambda b, h, i: (b, 0, h, 0)),
-        out_shape=jax.ShapeDtypeStruct((count, asking, num_heads, channels), qkv.dtype),
+        functools.partial(_self_kernel, cells, asked, queries, keys),
+        grid=(batch * cells.count, num_heads, pl.cdiv(asked.tokens, queries)),
+        in_specs=[
+            of_head(query),
+            of_head(qkv),
+            pl.BlockSpec((3, None, channels), lambda w, h, i: (0, h, 0)),
+        ],
+        out_specs=pl.BlockSpec(
+            (None, rows * columns, None, channels),
+            lambda w, h, i: (lax.div(w, cells.count), 0, h, 0),
+        ),
+        out_shape=jax.ShapeDtypeStruct((batch, rows * columns, num_heads, channels), qkv.dtype),
         compiler_params=triton.CompilerParams(num_warps=warps, num_stages=3),
         interpret=interpret,
         name="self_attention",
-    )(query, qkv)
-    return out.reshape(count, asking, -1)
+    )(query, qkv, outside)
+    return out.reshape(batch, rows, columns, -1)
 
 
-def _self_kernel(queries: int, keys: int, query_ref, qkv_ref, out_ref) -> None:
-    """A block of one head's queries. What lies outside of tokens and channels is masked."""
-    tokens, channels = qkv_ref.shape[0], qkv_ref.shape[2]
+class Windows(NamedTuple):
+    """Windows that cover a map, from its upper left corner."""
+
+    map: tuple[int, int]  # height and width
+    window: tuple[int, int]
+
+    @property
+    def across(self) -> int:
+        return pl.cdiv(self.map[1], self.window[1])
+
+    @property
+    def count(self) -> int:
+        return pl.cdiv(self.map[0], self.window[0]) * self.across
+
+    @property
+    def tokens(self) -> int:
+        return self.window[0] * self.window[1]
+
+    @property
+    def reach_beyond(self) -> bool:
+        return any(m % w for m, w in zip(self.map, self.window, strict=True))
+
+    def cells(self, index: Array, at: Array) -> tuple[Array, Array]:
+        """Where in the map, row by row, tokens `at` [T] of a window are, and whether they are."""
+        across, (height, width) = jnp.int32(self.across), self.window
+        row = lax.div(index, across) * height + lax.div(at, jnp.int32(width))
+        column = lax.rem(index, across) * width + lax.rem(at, jnp.int32(width))
+        inside = (row < self.map[0]) & (column < self.map[1]) & (at < self.tokens)
+        return row * self.map[1] + column, inside
+
+
+def _self_kernel(
+    cells: Windows,
+    asked: Windows,
+    queries: int,
+    keys: int,
+    query_ref,
+    qkv_ref,
+    outside_ref,
+    out_ref,
+) -> None:
+    """A block of one head's queries in a window. What is not there is masked."""
+    channels = qkv_ref.shape[2]
+    index = lax.rem(pl.program_id(0), jnp.int32(cells.count))
     parts = [jnp.arange(min(max(power_of_two(channels), LEAST), PART))]
     if channels > PART:
         parts.append(PART + jnp.arange(max(power_of_two(channels - PART), LEAST)))
 
-    def inside(ref, at: Array, lanes: Array) -> Array:
-        return (at < ref.shape[0])[:, None] & (lanes < channels)[None]
-
-    def take(ref, which: int, at: Array, lanes: Array) -> Array:
+    def take(ref, which: int, at: Array, inside: Array, lanes: Array) -> Array:
         place = ref.at[at[:, None], which, lanes[None]]
-        return triton.load(place, mask=inside(ref, at, lanes), other=0.0)
+        return triton.load(place, mask=inside[:, None] & (lanes < channels)[None], other=0.0)
 
-    at = pl.program_id(2) * queries + jnp.arange(queries)
-    query = [take(query_ref, 0, at, lanes) for lanes in parts]
+    beyond = [
+        [triton.load(outside_ref.at[w, lanes], mask=lanes < channels, other=0.0) for lanes in parts]
+        for w in range(3)
+    ]
 
-    def add(index: Array, carry):
+    def held(which: int, at: Array, inside: Array, part: int) -> Array:
+        """Keys or values of a window, which may reach beyond the map."""
+        found = take(qkv_ref, which, at, inside, parts[part])
+        if not cells.reach_beyond:
+            return found
+        return jnp.where(inside[:, None], found, beyond[which][part][None])
+
+    asking, wanted = asked.cells(index, pl.program_id(2) * queries + jnp.arange(queries))
+    query = [take(query_ref, 0, asking, wanted, lanes) for lanes in parts]
+
+    def add(block: Array, carry):
         totals, row_sum, row_max = carry
-        place = index * keys + jnp.arange(keys)
-        products = (
-            triton.dot(q, take(qkv_ref, 1, place, lanes).T)
-            for q, lanes in zip(query, parts, strict=True)
-        )
+        token = block * keys + jnp.arange(keys)
+        at, inside = cells.cells(index, token)
+        products = (triton.dot(q, held(1, at, inside, part).T) for part, q in enumerate(query))
         scores = sum(products) * (channels**-0.5 * _PER_BIT)
-        scores = jnp.where((place < tokens)[None], scores, MASKED)
+        scores = jnp.where((token < cells.tokens)[None], scores, MASKED)
         weights, shrunk, row_sum, row_max = _weighed(scores, row_sum, row_max)
         weights = weights.astype(out_ref.dtype)
         totals = tuple(
-            total * shrunk + triton.dot(weights, take(qkv_ref, 2, place, lanes))
-            for total, lanes in zip(totals, parts, strict=True)
+            total * shrunk + triton.dot(weights, held(2, at, inside, part))
+            for part, total in enumerate(totals)
         )
         return totals, row_sum, row_max
 
     rows = jnp.zeros((queries,), jnp.float32)
     totals = tuple(jnp.zeros((queries, len(lanes)), jnp.float32) for lanes in parts)
     carry = totals, rows, rows + MASKED
-    totals, row_sum, _ = lax.fori_loop(0, pl.cdiv(tokens, keys), add, carry)
+    totals, row_sum, _ = lax.fori_loop(0, pl.cdiv(cells.tokens, keys), add, carry)
     for total, lanes in zip(totals, parts, strict=True):
         out = (total / row_sum[:, None]).astype(out_ref.dtype)
-        place = out_ref.at[at[:, None], lanes[None]]
-        triton.store(place, out, mask=inside(out_ref, at, lanes))
+        place = out_ref.at[asking[:, None], lanes[None]]
+        triton.store(place, out, mask=wanted[:, None] & (lanes < channels)[None])

@@ -70,11 +70,6 @@ def linear(x: Array, kernel: Array, bias: Array | None, dtype: jnp.dtype) -> Arr
     return _added(_product(x.astype(dtype), kernel), bias)
 
 
-def product(x: Array, kernel: Array) -> Array:
-    """[..., I] x [I, O] -> [..., O] float32; the kernel is rounded to what `x` is in."""
-    return _product(x, kernel) if x.dtype == jnp.float32 else _narrow_product(x, kernel)
-
-
 def _product(x: Array, kernel: Array, dtype: jnp.dtype = jnp.float32) -> Array:
     return lax.dot_general(
         x,
@@ -113,29 +108,11 @@ def _narrow_linear_backward(residuals: tuple[Array, Array, Array | None], gradie
     if bias is not None:
         rows = gradient.reshape(-1, gradient.shape[-1])
         by_bias = jnp.sum(rows, axis=0, dtype=jnp.float32).reshape(bias.shape).astype(bias.dtype)
-    return *_narrow_product_backward((x, kernel), gradient), by_bias
+    by_x = _narrow_linear(gradient, kernel.T, None)
+    return by_x, _by_kernel(x, gradient).astype(kernel.dtype), by_bias
 
 
 _narrow_linear.defvjp(_narrow_linear_forward, _narrow_linear_backward)
-
-
-@jax.custom_vjp
-def _narrow_product(x: Array, kernel: Array) -> Array:
-    return _product(x, kernel)
-
-
-def _narrow_product_forward(x: Array, kernel: Array):
-    return _product(x, kernel), (x, kernel)
-
-
-def _narrow_product_backward(residuals: tuple[Array, Array], gradient: Array):
-    x, kernel = residuals
-    gradient = gradient.astype(x.dtype)  # which it was in when it came
-    by_x = _narrow_linear(gradient, kernel.T, None)
-    return by_x, _by_kernel(x, gradient).astype(kernel.dtype)
-
-
-_narrow_product.defvjp(_narrow_product_forward, _narrow_product_backward)
 
 
 def _by_kernel(x: Array, gradient: Array) -> Array:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 
 from sam2jax.types import Array
 
 
-def window_partition(x: Array, size: int) -> Array:
-    """[B, H, W, C] -> [B * windows, size, size, C]; zeros fill the map up to whole windows."""
+def window_partition(x: Array, size: int, outside: Array | None = None) -> Array:
+    """[B, H, W, C] -> [B * windows, size, size, C].
+
+    Where windows reach beyond the map they hold `outside` [C], or zeros.
+    """
     batch, height, width, channels = x.shape
     pad_h, pad_w = -height % size, -width % size
     if pad_h or pad_w:
         x = jnp.pad(x, ((0, 0), (0, pad_h), (0, pad_w), (0, 0)))
+        if outside is not None:
+            inside = (np.arange(height + pad_h) < height)[:, None] & (
+                np.arange(width + pad_w) < width
+            )
+            # Widened first: gradients are summed in the dtype of `outside`.
+            filling = jnp.broadcast_to(outside, x.shape).astype(x.dtype)
+            x = jnp.where(inside[None, :, :, None], x, filling)
     rows, columns = (height + pad_h) // size, (width + pad_w) // size
     x = x.reshape(batch, rows, size, columns, size, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, size, size, channels)
