@@ -90,30 +90,35 @@ def _kernel(splits: int, length_ref, query_ref, key_ref, value_ref, out_ref, log
     length, query = length_ref[0], query_ref[...]
     blocks = lax.div(length + (KEYS - 1), jnp.int32(KEYS))
     first, after = (lax.div(blocks * (pl.program_id(2) + i), jnp.int32(splits)) for i in (0, 1))
+    whole = jnp.clip(lax.div(length, jnp.int32(KEYS)), first, after)
 
-    def add(index: Array, carry):
+    def add(masked: bool, index: Array, carry):
         total, row_sum, row_max = carry
         start = index * KEYS
-        scores = triton.dot(query, key_ref[pl.ds(start, KEYS), :].T) * _PER_BIT
-        valid = start + lax.broadcasted_iota(jnp.int32, scores.shape, 1) < length
-        scores = jnp.where(valid, scores, MASKED)
-        weights, shrunk, row_sum, row_max = _weighed(scores, row_sum, row_max)
+        scores = triton.dot(query, key_ref[pl.ds(start, KEYS), :].T)
+        if masked:
+            valid = start + lax.broadcasted_iota(jnp.int32, scores.shape, 1) < length
+            scores = jnp.where(valid, scores, MASKED)
+        weights, shrunk, row_sum, row_max = _weighed(scores, _PER_BIT, row_sum, row_max)
         part = triton.dot(weights.astype(value_ref.dtype), value_ref[pl.ds(start, KEYS), :])
         return total * shrunk + part, row_sum, row_max
 
     rows = jnp.zeros((query.shape[0],), jnp.float32)
     carry = jnp.zeros(out_ref.shape, jnp.float32), rows, rows + MASKED
-    total, row_sum, row_max = lax.fori_loop(first, after, add, carry)
+    carry = lax.fori_loop(first, whole, functools.partial(add, False), carry)
+    total, row_sum, row_max = lax.fori_loop(whole, after, functools.partial(add, True), carry)
     row_sum = jnp.maximum(row_sum, jnp.finfo(jnp.float32).tiny)
     out_ref[...] = total / row_sum[:, None]
     log_sum_ref[...] = (row_max + jnp.log2(row_sum)) / _PER_BIT
 
 
-def _weighed(scores: Array, row_sum: Array, row_max: Array) -> tuple[Array, Array, Array, Array]:
+def _weighed(
+    scores: Array, scale: float, row_sum: Array, row_max: Array
+) -> tuple[Array, Array, Array, Array]:
     """A step of the online softmax, in powers of two: the weights of a block of keys, what all
-    before them shrinks by [T, 1], and the sum and the greatest score of each row so far."""
-    new_max = jnp.maximum(row_max, jnp.max(scores, axis=1))
-    weights = jnp.exp2(scores - new_max[:, None])
+    before them shrinks by [T, 1], and the sum and the greatest scaled score of each row so far."""
+    new_max = jnp.maximum(row_max, jnp.max(scores, axis=1) * scale)
+    weights = jnp.exp2(scores * scale - new_max[:, None])
     shrunk = jnp.exp2(row_max - new_max)
     return weights, shrunk[:, None], row_sum * shrunk + jnp.sum(weights, axis=1), new_max
 
@@ -252,9 +257,11 @@ def _self_kernel(
         token = block * keys + jnp.arange(keys)
         at, inside = cells.cells(index, token)
         products = (triton.dot(q, held(1, at, inside, part).T) for part, q in enumerate(query))
-        scores = sum(products) * (channels**-0.5 * _PER_BIT)
-        scores = jnp.where((token < cells.tokens)[None], scores, MASKED)
-        weights, shrunk, row_sum, row_max = _weighed(scores, row_sum, row_max)
+        scores = sum(products)
+        if cells.tokens % keys:
+            scores = jnp.where((token < cells.tokens)[None], scores, MASKED)
+        scale = channels**-0.5 * _PER_BIT
+        weights, shrunk, row_sum, row_max = _weighed(scores, scale, row_sum, row_max)
         weights = weights.astype(out_ref.dtype)
         totals = tuple(
             total * shrunk + triton.dot(weights, held(2, at, inside, part))
