@@ -83,8 +83,8 @@ class SAM2Config:
 
     image_size: int = 1024
     dtype: DType = "float32"
-    # Objects that are computed as one batch. One fills a CPU, and a large accelerator at 1024 px;
-    # take more for small images, and all of them where objects are sharded over devices.
+    # Objects that are computed as one batch. One fills a CPU; take more on an accelerator, and all
+    # of them where objects are sharded over devices.
     objects_at_once: int = 1
     # In bfloat16 on large NVIDIA GPUs attention to many keys, and within windows, is one kernel.
     kernels: bool = True

@@ -1,6 +1,7 @@
 """The video predictor: the official calls, their results, and what they refuse."""
 
 import copy
+import dataclasses
 
 import jax
 import numpy as np
@@ -264,6 +265,31 @@ def test_nothing_is_compiled_twice(predictor):
         assert len(compiled) == 1
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
+
+
+@pytest.mark.parametrize("together, rows", [(1, (8, 8)), (8, (1, 4))])
+def test_objects_that_are_not_there_are_not_computed(predictor, monkeypatch, together, rows):
+    """Taken one by one they cost nothing, taken together they would cost what others do."""
+    config = dataclasses.replace(CONFIG, objects_at_once=together)
+    other = sam2jax.SAM2VideoPredictor(sam2jax.SAM2(config), predictor.params)
+    track, seen = propagation.track_frames, []
+
+    def noted(*given):
+        seen.append(given[5].shape[1])
+        return track(*given)
+
+    monkeypatch.setattr(propagation, "track_frames", noted)
+    for count, room in zip((1, 3), rows, strict=True):
+        answers = []
+        for one in (other, predictor):
+            state = one.init_state(clip(3))
+            for obj_id in range(count):
+                one.add_new_points_or_box(state, 0, obj_id, [[30 + obj_id, 18]], [1])
+            seen.clear()
+            answers.append(masks_of(one.propagate_in_video(state)))
+            if one is other:
+                assert set(seen) == {room}
+        np.testing.assert_allclose(*answers, atol=1e-4)
 
 
 def snapshot(state):

@@ -59,7 +59,9 @@ class Propagation:
         self.reverse = reverse
         self._direction = np.int32(-1 if reverse else 1)
         self._histories = dict(state.objects)
-        self._capacity = power_of_two(max(OBJECTS, len(self._histories)))
+        # Room for more costs nothing where objects are tracked one by one.
+        room = OBJECTS if model.config.objects_at_once == 1 else 1
+        self._capacity = power_of_two(max(room, len(self._histories)))
         self._tracker: TrackState | None = None
         self._version = state.version
         self._chunk = frames_at_once
@@ -110,6 +112,8 @@ class Propagation:
             ]
             size = (self.state.video_height, self.state.video_width)
             masks = [at_size(record.masks, size) for record in records]
+            for mask in masks:
+                mask.copy_to_host_async()  # while the next frames are tracked
             answers.append(FrameAnswer(frame, records, masks))
         return answers
 
