@@ -126,11 +126,12 @@ class RoPEAttention(nn.Module):
         )
 
     def attend_memory(self, x: Array, memory: MemoryTokens) -> Array:
-        """[N, HW, C] -> [N, HW, C]. Pointers' keys are not rotated.
+        """[1 or N, HW, C] -> [N, HW, C]. Pointers' keys are not rotated.
 
         Where the collection WATCHED is mutable, it is told what the memories received.
         """
         query = self._rotated(x, self.q_proj)
+        query = jnp.broadcast_to(query, (memory.values.shape[0], *query.shape[1:]))
         keys = self._rotated(memory.spatial_keys, self.k_proj)
         pointers = self._projected(memory.pointer_keys, self.k_proj)
         if self.is_mutable_collection(WATCHED) and not self.is_initializing():
@@ -237,7 +238,9 @@ class MemoryAttention(nn.Module):
         _, height, width, channels = features.shape
         position = sine_2d(height, channels).reshape(1, height * width, channels)
         x = features.reshape(-1, height * width, channels) + 0.1 * position
-        x = jnp.broadcast_to(x, (memory.values.shape[0], *x.shape[1:]))
+        if self.has_rng("dropout"):  # every object drops its own
+            x = jnp.broadcast_to(x, (memory.values.shape[0], *x.shape[1:]))
+        # Else objects share a frame until the first of its layers reads their memories.
         for layer in self.layers:
             x = layer(x, memory)
         return self.norm(x).reshape(-1, height, width, channels)
