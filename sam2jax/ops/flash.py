@@ -215,6 +215,13 @@ class Windows(NamedTuple):
         inside = (row < self.map[0]) & (column < self.map[1]) & (at < self.tokens)
         return row * self.map[1] + column, inside
 
+    def beyond(self, index: Array) -> Array:
+        """How many tokens of a window lie beyond the map."""
+        across, (height, width) = jnp.int32(self.across), self.window
+        rows = jnp.minimum(self.map[0] - lax.div(index, across) * height, height)
+        columns = jnp.minimum(self.map[1] - lax.rem(index, across) * width, width)
+        return self.tokens - rows * columns
+
 
 def _self_kernel(
     cells: Windows,
@@ -237,43 +244,54 @@ def _self_kernel(
         place = ref.at[at[:, None], which, lanes[None]]
         return triton.load(place, mask=inside[:, None] & (lanes < channels)[None], other=0.0)
 
-    beyond = [
-        [triton.load(outside_ref.at[w, lanes], mask=lanes < channels, other=0.0) for lanes in parts]
-        for w in range(3)
-    ]
-
-    def held(which: int, at: Array, inside: Array, part: int) -> Array:
-        """Keys or values of a window, which may reach beyond the map."""
-        found = take(qkv_ref, which, at, inside, parts[part])
-        if not cells.reach_beyond:
-            return found
-        return jnp.where(inside[:, None], found, beyond[which][part][None])
-
+    scale = channels**-0.5 * _PER_BIT
     asking, wanted = asked.cells(index, pl.program_id(2) * queries + jnp.arange(queries))
     query = [take(query_ref, 0, asking, wanted, lanes) for lanes in parts]
+    totals = tuple(jnp.zeros((queries, len(lanes)), jnp.float32) for lanes in parts)
+    row_sum = jnp.zeros((queries,), jnp.float32)
+    row_max = row_sum + MASKED
+    if cells.reach_beyond:
+        # Tokens beyond the map are all alike: one, counted as often as there are such.
+        count = cells.beyond(index).astype(jnp.float32)
+        key, value = (
+            [
+                triton.load(outside_ref.at[which, lanes], mask=lanes < channels, other=0.0)
+                for lanes in parts
+            ]
+            for which in (1, 2)
+        )
+        products = (
+            jnp.sum(_wide(q) * _wide(k)[None], axis=1) for q, k in zip(query, key, strict=True)
+        )
+        row_max = jnp.where(count > 0, sum(products) * scale, row_max)
+        row_sum = row_sum + count
+        totals = tuple(t + count * _wide(v)[None] for t, v in zip(totals, value, strict=True))
 
     def add(block: Array, carry):
         totals, row_sum, row_max = carry
-        token = block * keys + jnp.arange(keys)
-        at, inside = cells.cells(index, token)
-        products = (triton.dot(q, held(1, at, inside, part).T) for part, q in enumerate(query))
+        at, inside = cells.cells(index, block * keys + jnp.arange(keys))
+        products = (
+            triton.dot(q, take(qkv_ref, 1, at, inside, lanes).T)
+            for q, lanes in zip(query, parts, strict=True)
+        )
         scores = sum(products)
-        if cells.tokens % keys:
-            scores = jnp.where((token < cells.tokens)[None], scores, MASKED)
-        scale = channels**-0.5 * _PER_BIT
+        if cells.reach_beyond or cells.tokens % keys:
+            scores = jnp.where(inside[None], scores, MASKED)
         weights, shrunk, row_sum, row_max = _weighed(scores, scale, row_sum, row_max)
         weights = weights.astype(out_ref.dtype)
         totals = tuple(
-            total * shrunk + triton.dot(weights, held(2, at, inside, part))
-            for part, total in enumerate(totals)
+            total * shrunk + triton.dot(weights, take(qkv_ref, 2, at, inside, lanes))
+            for total, lanes in zip(totals, parts, strict=True)
         )
         return totals, row_sum, row_max
 
-    rows = jnp.zeros((queries,), jnp.float32)
-    totals = tuple(jnp.zeros((queries, len(lanes)), jnp.float32) for lanes in parts)
-    carry = totals, rows, rows + MASKED
+    carry = totals, row_sum, row_max
     totals, row_sum, _ = lax.fori_loop(0, pl.cdiv(cells.tokens, keys), add, carry)
     for total, lanes in zip(totals, parts, strict=True):
         out = (total / row_sum[:, None]).astype(out_ref.dtype)
         place = out_ref.at[asking[:, None], lanes[None]]
         triton.store(place, out, mask=wanted[:, None] & (lanes < channels)[None])
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.float32)
