@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import sam2jax
-from benchmarks.checks import believe
+from benchmarks.checks import believe, believed
 from benchmarks.settings import SEED, Settings
 from benchmarks.timing import Row, compare, seconds
 from sam2jax.config import SAM2Config
@@ -73,8 +73,8 @@ def rows(settings: Settings) -> Iterator[Row]:
                 side and side.predict(**given, return_logits=True)[2]
                 for side in (ours, theirs, exact)
             ]
-            believe(name, *answers)
-        yield compare(name, official, functools.partial(ours.predict, **given), settings.runs)
+        row = compare(name, official, functools.partial(ours.predict, **given), settings.runs)
+        yield believed(row, functools.partial(believe, name, *answers)) if theirs else row
     yield automatic(theirs, model, params, image, settings.side)
 
 
@@ -120,6 +120,7 @@ def automatic(
     )
     # In bfloat16 the stability of a mask is within rounding of its threshold.
     if model.config.dtype == "float32" and abs(found[0] - found[1]) > max(0.02 * found[1], 1):
-        raise AssertionError(f"automatic masks: {found[1]} official ones, {found[0]} of ours")
+        why = f"{found[1]} official ones, {found[0]} of ours"
+        return Row("automatic masks", None, None, refused=why)
     name = f"automatic masks ({found[1]} and {found[0]})"
     return Row(name, official, mine, official / mine)

@@ -30,20 +30,22 @@ class Row:
 
     name: str
     official: float | None
-    ours: float
+    ours: float | None
     ratio: float | None = None  # median of official / ours; above 1: ours is faster, or smaller
     spread: tuple[float, float] | None = None  # least and greatest of the paired ratios
     runs: int = 1
     share: float | None = None  # of the device's rate of matrix products, of ours
     unit: str = "s"
+    refused: str | None = None  # why the answers, and so the times, were not believed
 
     def per(self, count: int, name: str | None = None) -> Row:
         """Of one among `count` that were timed together."""
-        official = None if self.official is None else self.official / count
-        changed = {"official": official, "ours": self.ours / count, "name": name or self.name}
-        return dataclasses.replace(self, **changed)
+        official, ours = (x if x is None else x / count for x in (self.official, self.ours))
+        return dataclasses.replace(self, official=official, ours=ours, name=name or self.name)
 
     def __str__(self) -> str:
+        if self.ours is None:
+            return f"{self.name:<34} not believed: {self.refused}"
         spread = "" if self.spread is None else "{:.2f} to {:.2f}".format(*self.spread)
         cells = [
             f"{self.name:<34}",
@@ -86,6 +88,8 @@ def seconds(run: Callable[[], Any]) -> float:
 
 def with_share(row: Row, operations: float, rate: float) -> Row:
     """With the share of the device's rate that so many operations in our time are."""
+    if row.ours is None:
+        return row
     return dataclasses.replace(row, share=operations / row.ours / rate)
 
 
