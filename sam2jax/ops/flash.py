@@ -8,7 +8,7 @@ keys. Within an image heads are read where the projection has left them, and not
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -274,7 +274,7 @@ def _self_kernel(
             triton.dot(q, take(qkv_ref, 1, at, inside, lanes).T)
             for q, lanes in zip(query, parts, strict=True)
         )
-        scores = sum(products)
+        scores: Any = sum(products)
         if cells.reach_beyond or cells.tokens % keys:
             scores = jnp.where(inside[None], scores, MASKED)
         weights, shrunk, row_sum, row_max = _weighed(scores, scale, row_sum, row_max)
