@@ -179,17 +179,25 @@ def test_rotation_equals_complex_multiplication_of_interleaved_pairs():
     np.testing.assert_allclose(got, split_pairs(jnp.asarray(expected), 1), atol=1e-6)
 
 
-@pytest.mark.parametrize("height, width, size", [(8, 8, 4), (7, 10, 4), (3, 3, 14)])
-def test_windows_come_back_together(height, width, size):
-    x = normal(0, 2, height, width, 3)
-    np.testing.assert_array_equal(window_unpartition(window_partition(x, size), height, width), x)
+@pytest.mark.parametrize(
+    "height, width, window", [(8, 8, (4, 4)), (7, 10, (4, 3)), (3, 3, (14, 14))]
+)
+def test_windows_come_back_together(height, width, window):
+    x = normal(0, 2, height, width, 6)
+    windows = window_partition(x, window, 2)
+    assert windows.shape[1:] == (window[0] * window[1], 3)
+    np.testing.assert_array_equal(window_unpartition(windows, window, 2, height, width), x)
 
 
-def test_windows_hold_neighbouring_pixels():
-    x = jnp.arange(16.0).reshape(1, 4, 4, 1)
-    assert window_partition(x, 2)[1, ..., 0].tolist() == [[2.0, 3.0], [6.0, 7.0]]
-    filled = window_partition(x, 3, jnp.full(1, -1.0))
-    assert filled[1, ..., 0].tolist() == [[3.0, -1.0, -1.0], [7.0, -1.0, -1.0], [11.0, -1.0, -1.0]]
+def test_windows_hold_neighbouring_pixels_of_one_head():
+    first = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    x = jnp.concatenate([first, -first], axis=-1)
+    windows = window_partition(x, (2, 2), 2)[..., 0]
+    assert windows[2:4].tolist() == [[2.0, 3.0, 6.0, 7.0], [-2.0, -3.0, -6.0, -7.0]]
+    filled = window_partition(x, (3, 3), 2, jnp.array([-1.0, -2.0]))[..., 0]
+    for head, kept, beyond in ((2, 1.0, -1.0), (3, -1.0, -2.0)):
+        expected = [[kept * row, beyond, beyond] for row in (3.0, 7.0, 11.0)]
+        assert filled[head].tolist() == sum(expected, [])
 
 
 def test_depthwise_convolution_equals_the_grouped_one():

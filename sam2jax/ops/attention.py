@@ -97,19 +97,18 @@ def self_attention(
 def _by_heads(
     num_heads: int, window: int, kernel: bool, qkv: Array, outside: Array, query: Array | None
 ) -> Array:
-    batch, height, width, channels = qkv.shape
+    height, width, channels = qkv.shape[1:]
     if query is None:
         query = qkv[..., : channels // 3]
     rows, columns = query.shape[1:3]
-    pool = height // rows
-    if window:
-        query = window_partition(query, window // pool)
-        qkv = window_partition(qkv, window, outside)
-    _, key, value = jnp.split(qkv, 3, axis=-1)
-    flat = (x.reshape(len(x), -1, x.shape[-1]) for x in (query, key, value))
-    parts = (fold_heads(x, num_heads) for x in flat)
-    out = unfold_heads(attention(*parts, kernel=kernel), num_heads).reshape(query.shape)
-    return window_unpartition(out, rows, columns) if window else out
+    side = (window, window) if window else (height, width)
+    asked = (side[0] * rows // height, side[1] * columns // width)
+    key, value = (
+        window_partition(x, side, num_heads, beyond)
+        for x, beyond in zip(jnp.split(qkv, 3, -1)[1:], jnp.split(outside, 3)[1:], strict=True)
+    )
+    out = attention(window_partition(query, asked, num_heads), key, value, kernel=kernel)
+    return window_unpartition(out, asked, num_heads, rows, columns)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
