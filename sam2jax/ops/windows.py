@@ -15,7 +15,7 @@ def window_partition(
 
     Where windows reach beyond the map they hold `outside` [heads * d], or zeros.
     """
-    batch, height, width, channels = x.shape
+    batch, height, width, _ = x.shape
     pad_h, pad_w = -height % window[0], -width % window[1]
     if pad_h or pad_w:
         x = jnp.pad(x, ((0, 0), (0, pad_h), (0, pad_w), (0, 0)))
@@ -26,16 +26,8 @@ def window_partition(
             # Widened first: gradients are summed in the dtype of `outside`.
             filling = jnp.broadcast_to(outside, x.shape).astype(x.dtype)
             x = jnp.where(inside[None, :, :, None], x, filling)
-    # Windows and heads in one transposition.
-    x = x.reshape(
-        batch,
-        -1,
-        window[0],
-        (width + pad_w) // window[1],
-        window[1],
-        num_heads,
-        channels // num_heads,
-    )
+    rows, columns = (height + pad_h) // window[0], (width + pad_w) // window[1]
+    x = x.reshape(batch, rows, window[0], columns, window[1], num_heads, -1)
     return x.transpose(0, 1, 3, 5, 2, 4, 6).reshape(-1, window[0] * window[1], x.shape[-1])
 
 
