@@ -2,11 +2,15 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import timing
+from benchmarks import kernels, timing
 from benchmarks.timing import compare
+from sam2jax.ops.attention import _online
 from sam2jax.tracking import step
 
 # The others, which have no counts of their own, run beside the official package.
@@ -57,3 +61,35 @@ def test_ours_alone(results, section):
     if section == "memory":  # of one program, whatever the length of the clip
         two, four = (row["ours"] for row in rows[1:3])
         assert four < 1.05 * two
+
+
+def test_ways_of_attention_are_timed_and_compared():
+    (row,) = kernels.rows({"small": (2, 24, 40, 16, 8)}, turns=2, runs=1)
+    assert row["way"] == "blocks" and row["seconds"] > 0
+    assert row["error"] < 0.02
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its interpreter is of JAX 0.11")
+@pytest.mark.parametrize(
+    "queries, keys, channels, width, lengths",
+    [
+        (150, 500, 64, 64, (500, 257)),  # the last block reaches past the end, and splits are empty
+        (64, 300, 64, 128, (64, 0)),
+        (130, 90, 40, 24, (89, 1)),  # fewer keys than in a block
+    ],
+)
+def test_the_candidate_for_hopper_attends(queries, keys, channels, width, lengths):
+    from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+
+    from benchmarks import hopper
+
+    query, key, value, _ = kernels.problem((2, queries, keys, channels, width))
+    length = jnp.array(lengths, jnp.int32)
+    interpreter = InterpretGPUParams(detect_races=True)
+    out, log_sum = hopper.flash_attention(query, key, value, length, interpret=interpreter)
+    wide = (x.astype(jnp.float32) for x in (query, key, value))
+    expected, expected_sum = _online(*wide, length)
+    assert out.shape == expected.shape and out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=2e-2)
+    full = np.asarray(lengths) > 0
+    np.testing.assert_allclose(log_sum[full], expected_sum[full], atol=1e-4)
