@@ -17,7 +17,14 @@ from sam2jax.predictors.grids import Box, crop_boxes, near_crop_edge, point_grid
 from sam2jax.predictors.image import preprocess
 from sam2jax.predictors.inputs import check_image
 from sam2jax.predictors.options import load_with
-from sam2jax.predictors.regions import clean_masks, compressed, filled, kept_boxes, restored
+from sam2jax.predictors.regions import (
+    Drawn,
+    clean_masks,
+    compressed,
+    filled,
+    kept_boxes,
+    restored,
+)
 from sam2jax.segmentation.generate import Canvas, measure_masks, propose_masks
 from sam2jax.segmentation.image import encode_image
 from sam2jax.types import MAX_FED_BACK_LOGIT
@@ -49,7 +56,7 @@ MOST_LOGITS = 2048  # masks that are kept as logits (256 KiB each at 1024 px), o
 class Found(NamedTuple):
     """Masks that have passed so far, one row each; in pixels of the image."""
 
-    masks: np.ndarray  # [C] of objects: logits [S/4, S/4] of the crop, or drawn and compressed
+    masks: np.ndarray  # [C] of objects: logits [S/4, S/4] of the crop, or `Drawn`
     ious: np.ndarray  # [C] float32
     stability: np.ndarray  # [C] float32
     boxes: np.ndarray  # [C, 4] float32
@@ -172,7 +179,12 @@ class SAM2AutomaticMaskGenerator:
             -(-len(self.point_grids[layer]) // self.points_per_batch) for _, layer in crops
         )
         with tqdm(total=batches, unit="batch", disable=not self.progress) as bar:
-            parts = [self._process_crop(image, box, layer, bar.update) for box, layer in crops]
+            # Bits of one crop are few beside answers of a byte a pixel, and not worth the time.
+            few = len(crops) == 1 and self.output_mode == "binary_mask"
+            hold = np.asarray if few else compressed
+            parts = [
+                self._process_crop(image, box, layer, hold, bar.update) for box, layer in crops
+            ]
         found = Found(*(np.concatenate(column) for column in zip(*parts, strict=True)))
         if len(crops) > 1:
             area = np.prod(found.crops[:, 2:] - found.crops[:, :2], axis=1)
@@ -186,13 +198,19 @@ class SAM2AutomaticMaskGenerator:
         return [self._record(found.take(row), masks[row], boxes[row], size) for row in rows]
 
     def _process_crop(
-        self, image: np.ndarray, box: Box, layer: int, advance: Callable[[], Any]
+        self,
+        image: np.ndarray,
+        box: Box,
+        layer: int,
+        hold: Callable[[np.ndarray], Drawn],
+        advance: Callable[[], Any],
     ) -> Found:
         """The masks of a crop that are rated high enough, without duplicates."""
         x0, y0, x1, y1 = box
         pixels = preprocess(image[None, y0:y1, x0:x1], self.model.config.image_size)
         features = encode_image(self.model, self.params, pixels)
         canvas = Canvas.make(image.shape[:2], box, self.model.config.mask_size)
+        canvas = jax.device_put(canvas)  # once, and not for every few masks
         parts, held = [_nothing()], 0
         grid = self.point_grids[layer]
         for start in range(0, len(grid), self.points_per_batch):
@@ -200,10 +218,10 @@ class SAM2AutomaticMaskGenerator:
             parts.append(self._process_batch(features, points, box, canvas))
             held += len(parts[-1].ious)
             if held > MOST_LOGITS:
-                parts, held = [self._drawn(part, canvas) for part in parts], 0
+                parts, held = [self._drawn(part, canvas, compressed) for part in parts], 0
             advance()
         found = Found(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-        return self._drawn(_suppress(found, found.ious, self.box_nms_thresh), canvas)
+        return self._drawn(_suppress(found, found.ious, self.box_nms_thresh), canvas, hold)
 
     def _process_batch(self, features: Any, points: np.ndarray, box: Box, canvas: Canvas) -> Found:
         logits, ious = self._propose(features, points)
@@ -263,8 +281,8 @@ class SAM2AutomaticMaskGenerator:
         boxes = [np.zeros((0, 4), np.int32), *(np.asarray(part.boxes) for part in found)]
         return np.concatenate(stability)[: len(rows)], np.concatenate(boxes)[: len(rows)]
 
-    def _drawn(self, found: Found, canvas: Canvas) -> Found:
-        """With the masks of a crop drawn in the image and compressed."""
+    def _drawn(self, found: Found, canvas: Canvas, hold: Callable[[np.ndarray], Drawn]) -> Found:
+        """With the masks of a crop drawn in the image."""
         masks, threshold = found.masks.copy(), np.float32(self.mask_threshold)
         step = _at_once(canvas.size)
         logits = [row for row, mask in enumerate(masks) if not isinstance(mask, bytes)]
@@ -273,11 +291,11 @@ class SAM2AutomaticMaskGenerator:
             given = filled(np.stack([masks[row] for row in rows]), step)
             bits = _draw(given, canvas, threshold)
             for row, drawn in zip(rows, np.asarray(bits), strict=False):
-                masks[row] = compressed(drawn)
+                masks[row] = hold(drawn)
         return found._replace(masks=masks)
 
     def _record(
-        self, found: Found, mask: bytes, box: np.ndarray, size: tuple[int, int]
+        self, found: Found, mask: Drawn, box: np.ndarray, size: tuple[int, int]
     ) -> dict[str, Any]:
         segmentation: Any = restored(mask, size)
         area = int(np.count_nonzero(segmentation))

@@ -14,6 +14,7 @@ from sam2jax.types import power_of_two
 
 EVERYTHING = 1.0  # an IoU that no box exceeds
 LEAST_ROOM = 1024  # boxes that are compared, so that few programs are compiled
+Drawn = np.ndarray | bytes  # a mask: bits [H, W / 8] uint8, as `packbits` makes them, or compressed
 
 
 def kept_boxes(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
@@ -37,27 +38,29 @@ def filled(rows: np.ndarray, count: int) -> np.ndarray:
 
 
 def compressed(bits: np.ndarray) -> bytes:
-    """A mask [H, W / 8] uint8, as `packbits` makes it, in a few KiB."""
+    """A mask's bits in a few KiB."""
     return zlib.compress(bits.tobytes(), 1)
 
 
-def restored(mask: bytes, size: tuple[int, int]) -> np.ndarray:
-    """A compressed mask: [H, W] bool."""
-    bits = np.frombuffer(zlib.decompress(mask), np.uint8).reshape(size[0], -1)
+def restored(mask: Drawn, size: tuple[int, int]) -> np.ndarray:
+    """A mask as it was drawn: [H, W] bool."""
+    if isinstance(mask, bytes):
+        mask = np.frombuffer(zlib.decompress(mask), np.uint8)
+    bits = mask.reshape(size[0], -1)
     return np.unpackbits(bits, axis=1, count=size[1]).view(bool)
 
 
 def clean_masks(
-    masks: Iterable[bytes],
+    masks: Iterable[Drawn],
     boxes: np.ndarray,
     size: tuple[int, int],
     min_area: int,
     threshold: float,
-) -> tuple[list[bytes], np.ndarray, np.ndarray]:
+) -> tuple[list[Drawn], np.ndarray, np.ndarray]:
     """Fills small holes, removes small regions, and drops duplicates that this makes.
 
-    Masks are compressed. Those that need no change are preferred to those that do. Returns all
-    masks and boxes [C, 4], changed where needed, and the rows to keep in order of preference.
+    Those that need no change are preferred to those that do. Returns all masks and boxes [C, 4],
+    changed where needed, and the rows to keep in order of preference.
     """
     cleaned, new_boxes, changed = [], [], []
     for held, box in zip(masks, boxes, strict=True):
