@@ -73,4 +73,13 @@ def child(folder: str, length: int, settings: Settings) -> None:
     predictor.add_new_points_or_box(state, 0, 1, points=[(100, 100)], labels=[1])
     for _ in predictor.propagate_in_video(state):
         pass
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    print(json.dumps(resident_peak()))
+
+
+def resident_peak() -> float:
+    """Of this process. What `getrusage` tells on Linux may be the parent's, where that had more."""
+    status = pathlib.Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
