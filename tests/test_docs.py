@@ -127,6 +127,7 @@ def test_tables_are_those_of_the_results(file: str):
     assert len(shown) == len(rows)
     for row in rows:
         name = re.sub(r"^sam2\S+: ", "", row["name"])
+        name = row["name"] if row["name"] in shown else name  # where there are several variants
         for cell, measured in zip(shown[name], ("official", "ours", "ratio"), strict=True):
             digits = len(cell.strip().partition(".")[2])
             assert cell.strip() == f"{row[measured]:.{digits}f}", (name, measured)
