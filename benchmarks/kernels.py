@@ -96,8 +96,8 @@ def rows(shapes: dict[str, tuple[int, ...]], turns: int, runs: int) -> Iterator[
                 error = float(jnp.max(jnp.abs(found - exact)) / jnp.max(jnp.abs(exact)))
                 time = time_of(way, given, turns, runs)
                 yield row | {"seconds": time, "rate": work / time, "error": error}
-            except Exception as error:  # what a device or a version of JAX lacks
-                yield row | {"refused": f"{type(error).__name__}: {error}".splitlines()[0]}
+            except Exception as why:  # what a device or a version of JAX lacks
+                yield row | {"refused": f"{type(why).__name__}: {why}".splitlines()[0]}
 
 
 def main() -> None:
