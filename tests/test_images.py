@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 from PIL import Image
 from pycocotools import mask as coco
 
@@ -175,8 +176,11 @@ PEAKS = {
 }
 
 
-def test_records(params):
-    generator = sam2jax.SAM2AutomaticMaskGenerator(MODEL, params, points_per_side=5, **PEAKS)
+@pytest.mark.parametrize("min_area", [0, 30])
+def test_records(params, min_area):
+    generator = sam2jax.SAM2AutomaticMaskGenerator(
+        MODEL, params, points_per_side=5, min_mask_region_area=min_area, **PEAKS
+    )
     image = picture()
     records = generator.generate(image)
     assert records
@@ -189,6 +193,9 @@ def test_records(params):
         assert (x + width, y + height) == (columns.max(), rows.max())
         assert record["predicted_iou"] > 0.4 and record["stability_score"] >= 0.5
         assert record["crop_box"] == [0, 0, 80, 48]
+        parts, count = scipy.ndimage.label(mask, np.ones((3, 3)))
+        areas = np.bincount(parts.ravel())[1:]
+        assert count == 1 or areas.min() >= min_area
     for mode, counts in (("uncompressed_rle", list), ("coco_rle", str)):
         generator.output_mode = mode
         for record, plain in zip(generator.generate(image), records, strict=True):
@@ -309,7 +316,8 @@ def test_crops():
     assert near_crop_edge(found, (0, 0, 552, 402), (600, 900)).tolist() == [True, False, False]
 
 
-def test_small_regions_are_mended():
+@pytest.mark.parametrize("hold", [np.asarray, compressed])
+def test_small_regions_are_mended(hold):
     large = np.zeros((40, 42), bool)  # not whole bytes
     large[5:30, 5:30] = True
     mended = large.copy()
@@ -318,7 +326,7 @@ def test_small_regions_are_mended():
     small = np.zeros_like(large)
     small[2:4, 2:5] = True  # all there is
     boxes = np.array([[5, 5, 29, 29], [5, 5, 35, 35], [2, 2, 4, 3]], np.float32)
-    given = [compressed(np.packbits(mask, axis=1)) for mask in (large, mended, small)]
+    given = [hold(np.packbits(mask, axis=1)) for mask in (large, mended, small)]
     masks, changed, rows = clean_masks(given, boxes, large.shape, 10, 0.7)
     np.testing.assert_array_equal(restored(masks[1], large.shape), large)
     assert changed[1].tolist() == [5, 5, 29, 29]
