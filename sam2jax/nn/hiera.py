@@ -38,7 +38,7 @@ class MultiScaleAttention(nn.Module):
 
     def setup(self) -> None:
         self.qkv = Projection(self.in_features, 3 * self.features)
-        self.proj = Linear(self.features, self.dtype)
+        self.proj = Linear(self.features, self.dtype, rounded=False)
 
     def __call__(self, x: Array) -> Array:
         kernel, bias = self.qkv()
@@ -75,7 +75,7 @@ class MultiScaleBlock(nn.Module):
         if x.shape[-1] != self.features:
             # Or XLA makes one product of this one and `qkv`, and a copy to part them again.
             apart = lax.optimization_barrier(x)
-            shortcut = Linear(self.features, self.dtype, name="proj")(apart)
+            shortcut = Linear(self.features, self.dtype, rounded=False, name="proj")(apart)
             if self.pool:
                 shortcut = max_pool_2x2(shortcut)
         x = MultiScaleAttention(
@@ -89,7 +89,8 @@ class MultiScaleBlock(nn.Module):
             name="attn",
         )(x)
         x = shortcut + drop_path(self, x, self.drop_path)
-        mlp = MLP((self.mlp_ratio * self.features, self.features), self.dtype, gelu, name="mlp")
+        widths = (self.mlp_ratio * self.features, self.features)
+        mlp = MLP(widths, self.dtype, gelu, rounded=False, name="mlp")
         return x + drop_path(self, mlp(LayerNorm(1e-6, name="norm2")(x)), self.drop_path)
 
 
@@ -158,7 +159,9 @@ class PatchEmbed(nn.Module):
     dtype: jnp.dtype
 
     def setup(self) -> None:
-        self.proj = Conv(self.features, kernel_size=7, stride=4, padding=3, dtype=self.dtype)
+        self.proj = Conv(
+            self.features, kernel_size=7, stride=4, padding=3, dtype=self.dtype, rounded=False
+        )
 
     def __call__(self, images: Array) -> Array:
         return self.proj(images)

@@ -16,19 +16,22 @@ from sam2jax.types import Array
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 embedding_init = nn.initializers.truncated_normal(0.02)
 token_init = nn.initializers.normal(1.0)  # of what the decoder takes beside image features
+# How paths of layers end whose results join a residual stream: it is in float32, and so are they.
+UNROUNDED = ("/proj", "mlp/layers_1", "attn/out_proj", "cross_attn_image/out_proj", "linear2")
 
 
 class Linear(nn.Module):
-    """[..., I] -> [..., features]; also every 1x1 convolution."""
+    """[..., I] -> [..., features]; also every 1x1 convolution. Not `rounded`: see `UNROUNDED`."""
 
     features: int
     dtype: jnp.dtype
+    rounded: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return linear(x, kernel, bias, self.dtype)
+        return linear(x, kernel, bias, self.dtype, rounded=self.rounded)
 
 
 class Conv(nn.Module):
@@ -39,6 +42,7 @@ class Conv(nn.Module):
     stride: int
     padding: int
     dtype: jnp.dtype
+    rounded: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -46,7 +50,13 @@ class Conv(nn.Module):
         kernel = self.param("kernel", kernel_init, (size, size, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return conv_ops.conv(
-            x, kernel, bias, stride=self.stride, padding=self.padding, dtype=self.dtype
+            x,
+            kernel,
+            bias,
+            stride=self.stride,
+            padding=self.padding,
+            dtype=self.dtype,
+            rounded=self.rounded,
         )
 
 
@@ -114,14 +124,19 @@ class Projection(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear layers with an activation between them."""
+    """Linear layers with an activation between them; the last one's result may stay unrounded."""
 
     features: tuple[int, ...]
     dtype: jnp.dtype
     activation: Callable[[Array], Array] = jax.nn.relu
+    rounded: bool = True
 
     def setup(self) -> None:
-        self.layers = [Linear(width, self.dtype) for width in self.features]
+        last = len(self.features) - 1
+        self.layers = [
+            Linear(width, self.dtype, rounded=self.rounded or i < last)
+            for i, width in enumerate(self.features)
+        ]
 
     def __call__(self, x: Array) -> Array:
         for layer in self.layers[:-1]:

@@ -37,7 +37,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(self.inner, self.dtype)
         self.k_proj = Linear(self.inner, self.dtype)
         self.v_proj = Linear(self.inner, self.dtype)
-        self.out_proj = Linear(self.features, self.dtype)
+        self.out_proj = Linear(self.features, self.dtype, rounded=False)
 
     def __call__(self, query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
         """[B, T, C], [B, K, C], [B, K, C] -> [B, T, C]; `mask` [B, K] says which keys count."""
@@ -126,7 +126,7 @@ class ImageAttention(nn.Module):
         scores = jnp.where(mask[:, None, None], scores * self._scale, MASKED)
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
         out = einsum("nqs,nsc->nqc", weights.reshape(*weights.shape[:2], -1), flat(value))
-        return (out + bias.reshape(1, 1, -1)).astype(self.dtype)
+        return out + bias.reshape(1, 1, -1)
 
 
 class TwoWayAttentionBlock(nn.Module):
@@ -145,7 +145,7 @@ class TwoWayAttentionBlock(nn.Module):
         image_attention = partial(ImageAttention, width, narrow, heads, dtype, self.config.kernels)
         self.cross_attn_token_to_image = image_attention()
         self.norm2 = LayerNorm(1e-5)
-        self.mlp = MLP((decoder.mlp_dim, width), dtype)
+        self.mlp = MLP((decoder.mlp_dim, width), dtype, rounded=False)
         self.norm3 = LayerNorm(1e-5)
         self.cross_attn_image_to_token = image_attention()
         self.norm4 = LayerNorm(1e-5)

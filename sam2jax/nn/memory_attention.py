@@ -75,7 +75,7 @@ class RoPEAttention(nn.Module):
         self.q_proj = Projection(width, width)
         self.k_proj = Projection(self.in_features, width)
         self.v_proj = Projection(self.in_features, width)
-        self.out_proj = Linear(width, jnp.dtype(self.config.dtype))
+        self.out_proj = Linear(width, jnp.dtype(self.config.dtype), rounded=False)
 
     def _rotated(self, x: Array, projection: Projection) -> Array:
         """Projects and rotates maps: [B, ..., HW, I] -> [B, ..., HW, C], heads side by side."""
@@ -193,7 +193,7 @@ class MemoryAttentionLayer(nn.Module):
         self.self_attn = RoPEAttention(config, config.hidden_dim)
         self.cross_attn_image = RoPEAttention(config, config.mem_dim)
         self.linear1 = Linear(config.memory_attention.mlp_dim, dtype)
-        self.linear2 = Linear(config.hidden_dim, dtype)
+        self.linear2 = Linear(config.hidden_dim, dtype, rounded=False)
         self.norm1 = LayerNorm(1e-5)
         self.norm2 = LayerNorm(1e-5)
         self.norm3 = LayerNorm(1e-5)

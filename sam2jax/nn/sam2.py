@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from sam2jax.config import SAM2Config
 from sam2jax.nn.hiera import POSITION
 from sam2jax.nn.image_encoder import ImageEncoder
-from sam2jax.nn.layers import MLP, Conv, Linear, embedding_init
+from sam2jax.nn.layers import MLP, UNROUNDED, Conv, Linear, embedding_init
 from sam2jax.nn.mask_decoder import EXACT, MaskDecoder
 from sam2jax.nn.memory_attention import MemoryAttention, MemoryTokens, pairs_split
 from sam2jax.nn.memory_encoder import MemoryEncoder
@@ -236,9 +236,10 @@ def prepare_params(model: SAM2, params: Any) -> Any:
     return params if config.dtype == "float32" else _rounded(params, config.dtype)
 
 
-def _rounded(params: Any, dtype: str) -> Any:
-    """Kernels and biases in `dtype`, but for the modules that compute in float32."""
+def _rounded(params: Any, dtype: str, path: str = "") -> Any:
+    """Kernels and biases in `dtype`, where they are used in it."""
     if "kernel" in params:
-        return {name: jnp.asarray(leaf, dtype) for name, leaf in params.items()}
+        kept = ("bias",) if path.endswith(UNROUNDED) else ()
+        return {k: v if k in kept else jnp.asarray(v, dtype) for k, v in params.items()}
     parts = {k: v for k, v in params.items() if isinstance(v, Mapping) and k not in EXACT}
-    return {**params, **{k: _rounded(v, dtype) for k, v in parts.items()}}
+    return {**params, **{k: _rounded(v, dtype, f"{path}/{k}") for k, v in parts.items()}}

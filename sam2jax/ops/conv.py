@@ -14,10 +14,18 @@ from sam2jax.types import Array
 
 
 def conv(
-    x: Array, kernel: Array, bias: Array, *, stride: int, padding: int, dtype: jnp.dtype
+    x: Array,
+    kernel: Array,
+    bias: Array,
+    *,
+    stride: int,
+    padding: int,
+    dtype: jnp.dtype,
+    rounded: bool = True,
 ) -> Array:
     """Convolution with a [kh, kw, I, O] kernel and the same zero padding on every side."""
-    y: Any = _convolve(x.astype(dtype), kernel, bias.astype(dtype), stride, padding)
+    bias = bias.astype(dtype) if rounded else bias
+    y: Any = _convolve(x.astype(dtype), kernel, bias, stride, padding, rounded)
     return y
 
 
@@ -34,7 +42,7 @@ def _library_convolve(x: Array, kernel: Array, stride: int, padding: int) -> Arr
 
 
 def _convolve_as_product(
-    x: Array, kernel: Array, bias: Array | None, stride: int, padding: int
+    x: Array, kernel: Array, bias: Array | None, stride: int, padding: int, rounded: bool = True
 ) -> Array:
     """Pixels become cells of `stride` x `stride`, and each kernel reaches over a few of them."""
     (batch, height, width, channels), (size, _, _, features) = x.shape, kernel.shape
@@ -51,29 +59,36 @@ def _convolve_as_product(
     rest = (0, reach * stride - size)
     kernel = jnp.pad(kernel, (rest, rest, (0, 0), (0, 0)))
     kernel = kernel.reshape(reach, stride, reach, stride, channels, features).swapaxes(1, 2)
-    return linear(x, kernel.reshape(-1, features), bias, x.dtype)
+    return linear(x, kernel.reshape(-1, features), bias, x.dtype, rounded=rounded)
 
 
 # XLA's own kernel gradients take a hundred times as long on a CPU as a product for each cell of the
 # kernel. On a GPU cuDNN is slow with as few channels as there are here, forward and backward.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _convolve(x: Array, kernel: Array, bias: Array, stride: int, padding: int) -> Array:
-    """[B, H, W, I] -> [B, H', W', O] in the dtype of `x`, to which the kernel is rounded."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _convolve(
+    x: Array, kernel: Array, bias: Array, stride: int, padding: int, rounded: bool
+) -> Array:
+    """[B, H, W, I] -> [B, H', W', O]; the kernel is rounded to the dtype of `x`."""
 
     def by_library(x: Array, kernel: Array, bias: Array) -> Array:
         y = _library_convolve(x, kernel, stride, padding)
-        return (y + bias.reshape(1, 1, 1, -1)).astype(x.dtype)
+        y = y + bias.reshape(1, 1, 1, -1)
+        return y.astype(x.dtype) if rounded else y
 
-    by_product = functools.partial(_convolve_as_product, stride=stride, padding=padding)
+    by_product = functools.partial(
+        _convolve_as_product, stride=stride, padding=padding, rounded=rounded
+    )
     return lax.platform_dependent(x, kernel, bias, cpu=by_library, default=by_product)
 
 
-def _convolve_forward(x: Array, kernel: Array, bias: Array, stride: int, padding: int):
-    return _convolve(x, kernel, bias, stride, padding), (x, kernel)
+def _convolve_forward(
+    x: Array, kernel: Array, bias: Array, stride: int, padding: int, rounded: bool
+):
+    return _convolve(x, kernel, bias, stride, padding, rounded), (x, kernel)
 
 
 def _convolve_backward(
-    stride: int, padding: int, residuals: tuple[Array, Array], gradient: Array
+    stride: int, padding: int, rounded: bool, residuals: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array, Array]:
     def of_library(x: Array, kernel: Array, gradient: Array):
         def by_x(x: Array) -> Array:
@@ -86,10 +101,11 @@ def _convolve_backward(
         way = functools.partial(_convolve_as_product, bias=None, stride=stride, padding=padding)
         return jax.vjp(way, x, kernel)[1](gradient)
 
+    by_bias = jnp.sum(gradient, axis=(0, 1, 2), dtype=jnp.float32).astype(gradient.dtype)
+    gradient = gradient.astype(residuals[0].dtype)
     by_x, by_kernel = lax.platform_dependent(
         *residuals, gradient, cpu=of_library, default=of_product
     )
-    by_bias = jnp.sum(gradient, axis=(0, 1, 2), dtype=jnp.float32).astype(gradient.dtype)
     return by_x, by_kernel, by_bias
 
 

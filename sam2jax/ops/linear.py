@@ -63,10 +63,13 @@ _rounded_einsum.defvjp(
 )
 
 
-def linear(x: Array, kernel: Array, bias: Array | None, dtype: jnp.dtype) -> Array:
-    """Affine map of the last axis: [..., I] x [I, O] -> [..., O] in `dtype`."""
+def linear(
+    x: Array, kernel: Array, bias: Array | None, dtype: jnp.dtype, *, rounded: bool = True
+) -> Array:
+    """Affine map of the last axis: [..., I] x [I, O] -> [..., O] in `dtype`, or, not `rounded`, in
+    float32."""
     if dtype != jnp.float32:
-        return _narrow_linear(x.astype(dtype), kernel, bias)
+        return _narrow_linear(x.astype(dtype), kernel, bias, rounded)
     return _added(_product(x.astype(dtype), kernel), bias)
 
 
@@ -85,30 +88,35 @@ def _added(y: Array, bias: Array | None) -> Array:
 
 
 # Derived automatically gradients would be of float32 factors, and the kernel's one long sum.
-@jax.custom_vjp
-def _narrow_linear(x: Array, kernel: Array, bias: Array | None) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _narrow_linear(x: Array, kernel: Array, bias: Array | None, rounded: bool) -> Array:
     def last(x: Array, kernel: Array, bias: Array | None) -> Array:
         return _added(_product(x, kernel), bias).astype(x.dtype)
 
     def at_once(x: Array, kernel: Array, bias: Array | None) -> Array:
         return _added(_product(x, kernel, x.dtype), bias)
 
+    if not rounded:
+        return _added(_product(x, kernel), bias)
     bias = None if bias is None else bias.astype(x.dtype)
     # As in `_rounded_einsum`.
     return lax.platform_dependent(x, kernel, bias, cpu=last, default=at_once)
 
 
-def _narrow_linear_forward(x: Array, kernel: Array, bias: Array | None):
-    return _narrow_linear(x, kernel, bias), (x, kernel, bias)
+def _narrow_linear_forward(x: Array, kernel: Array, bias: Array | None, rounded: bool):
+    return _narrow_linear(x, kernel, bias, rounded), (x, kernel, bias)
 
 
-def _narrow_linear_backward(residuals: tuple[Array, Array, Array | None], gradient: Array):
+def _narrow_linear_backward(
+    rounded: bool, residuals: tuple[Array, Array, Array | None], gradient: Array
+):
     x, kernel, bias = residuals
+    gradient = gradient.astype(x.dtype)
     by_bias = None
     if bias is not None:
         rows = gradient.reshape(-1, gradient.shape[-1])
         by_bias = jnp.sum(rows, axis=0, dtype=jnp.float32).reshape(bias.shape).astype(bias.dtype)
-    by_x = _narrow_linear(gradient, kernel.T, None)
+    by_x = _narrow_linear(gradient, kernel.T, None, True)
     return by_x, _by_kernel(x, gradient).astype(kernel.dtype), by_bias
 
 
