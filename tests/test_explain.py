@@ -53,18 +53,18 @@ def test_the_mass_is_that_of_the_weights(heads):
 
     def named(box, x, tokens):
         """[N, HW, K + Q], a head at a time."""
-        query, key = box._rotated(x, box.q_proj), box._rotated(tokens.spatial_keys, box.k_proj)
-        key = key.reshape(2, -1, key.shape[-1])
-        key = place_after(
-            key, box._projected(tokens.pointer_keys, box.k_proj), tokens.spatial_length
-        )
+        query, key = box._query(x), box._rotated(tokens.spatial_keys, box.k_proj)
+        kernel, bias = box._in_pairs(box.k_proj)
+        pointed = tokens.pointer_keys @ kernel + bias.reshape(1, 1, -1)
+        key = place_after(key, pointed, tokens.spatial_length)
         names = jnp.repeat(jnp.eye(slots + pointers)[:slots], cells, axis=0)
         tail = jnp.repeat(jnp.eye(slots + pointers)[slots:], pieces, axis=0)
         value = place_after(jnp.stack([names] * 2), jnp.stack([tail] * 2), tokens.spatial_length)
         width = query.shape[-1] // heads
         parts = [slice(h * width, (h + 1) * width) for h in range(heads)]
         return sum(
-            attention(query[..., p], key[..., p], value, length=tokens.length) for p in parts
+            attention(query[..., p], key[..., p], value, length=tokens.length, scale=1.0)
+            for p in parts
         ) / len(parts)
 
     expected = jnp.moveaxis(box.apply(variables, x, tokens, method=named), -1, 1)

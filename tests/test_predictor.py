@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 import sam2jax
-from sam2jax.predictors import propagation
+from sam2jax.predictors import propagation, video
 from sam2jax.predictors.inputs import check_mask
 from sam2jax.testing import random_params, small_config
 
@@ -135,7 +135,7 @@ def test_an_object_may_be_prompted_after_tracking_began(predictor):
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_a_session_holds_what_was_yielded(predictor, monkeypatch, chunk):
     """Leaving the loop and taking it up again changes nothing, though frames are computed ahead."""
-    monkeypatch.setattr(propagation, "frames_at_once", lambda: chunk)
+    monkeypatch.setattr(video, "frames_at_once", lambda: chunk)
     whole, parts = predictor.init_state(clip()), predictor.init_state(clip())
     for state in (whole, parts):
         predictor.add_new_points_or_box(state, 0, "a", **CLICK)

@@ -15,7 +15,7 @@ from sam2jax.nn.layers import LayerNorm, Linear, Projection, dropout
 from sam2jax.ops.attention import MASKED, attention, fold_heads
 from sam2jax.ops.linear import einsum, linear
 from sam2jax.ops.position import sine_2d
-from sam2jax.ops.rope import rope_table, rotate, split_pairs
+from sam2jax.ops.rope import project_and_rotate, rope_table, split_pairs
 from sam2jax.tree import Tree
 from sam2jax.types import Array
 
@@ -26,7 +26,7 @@ IN_PAIRS = "{}_in_pairs"  # in prepared parameters, a projection after `split_pa
 class MemoryTokens(Tree):
     """What N objects' memories are attended to by: spatial ones first, pointers behind them."""
 
-    spatial_keys: Array  # [N, K, HW, D] spatial memories with their positions, valid ones first
+    spatial_keys: Array  # [N, K * HW, D] spatial memories with their positions, valid ones first
     pointer_keys: Array  # [N, Q, D] pointer tokens with their positions, valid ones first
     values: Array  # [N, K * HW + Q, D] both without positions, the valid ones at the front
     spatial_length: Array  # [N] int32, how many spatial tokens are valid
@@ -52,7 +52,7 @@ class MemoryTokens(Tree):
         if pointer_scale is not None:
             pointer_keys = pointer_keys * pointer_scale[:, :, None]
         return cls(
-            spatial_keys=spatial_keys,
+            spatial_keys=spatial_keys.reshape(count, slots * cells, width),
             pointer_keys=pointer_keys,
             values=place_after(
                 spatial.reshape(count, slots * cells, width).astype(pointers.dtype),
@@ -77,31 +77,46 @@ class RoPEAttention(nn.Module):
         self.v_proj = Projection(self.in_features, width)
         self.out_proj = Linear(width, jnp.dtype(self.config.dtype), rounded=False)
 
-    def _rotated(self, x: Array, projection: Projection) -> Array:
-        """Projects and rotates maps: [B, ..., HW, I] -> [B, ..., HW, C], heads side by side."""
-        heads = self.config.memory_attention.num_heads
-        x = self._projected(x, projection)
-        width = x.shape[-1]
-        table = rope_table(
-            self.config.feature_size, width // heads, self.config.memory_attention.rope_theta
-        )
-        if heads == 1:
-            return rotate(x, table)
-        by_head = jnp.moveaxis(x.reshape(*x.shape[:-1], heads, width // heads), -2, -3)
-        return jnp.moveaxis(rotate(by_head, table), -3, -2).reshape(x.shape)
+    def _query(self, x: Array) -> Array:
+        """[B, HW, C] -> [B, HW, C], scaled."""
+        width = self.config.hidden_dim // self.config.memory_attention.num_heads
+        return self._rotated(x, self.q_proj, scale=width**-0.5)
 
-    def _projected(self, x: Array, projection: Projection) -> Array:
-        heads = self.config.memory_attention.num_heads
+    def _rotated(
+        self, x: Array, projection: Projection, *, scale: float = 1.0, room: int = 0
+    ) -> Array:
+        """Projects and rotates maps, [B, maps * HW, I] -> [B, maps * HW + room, C], heads side by
+        side, and zeros behind them."""
+        sizes, dtype = self.config.memory_attention, jnp.dtype(self.config.dtype)
+        kernel, bias = self._in_pairs(projection)
+        heads, width = sizes.num_heads, kernel.shape[-1] // sizes.num_heads
+        table = rope_table(self.config.feature_size, width, sizes.rope_theta, scale)
+        rotated = [
+            project_and_rotate(
+                x,
+                kernel[:, head],
+                bias[head],
+                table,
+                dtype,
+                room=room,
+                in_one=self.config.kernels,
+            )
+            for head in (slice(h * width, (h + 1) * width) for h in range(heads))
+        ]
+        return rotated[0] if heads == 1 else jnp.concatenate(rotated, axis=-1)
+
+    def _in_pairs(self, projection: Projection) -> tuple[Array, Array]:
+        """[I, C] and [C], within a head in `split_pairs` order."""
         prepared = self.get_variable("params", IN_PAIRS.format(projection.name))
-        if prepared is None:
-            kernel, bias = (split_pairs(p, heads) for p in projection())
-        else:
-            kernel, bias = prepared["kernel"], prepared["bias"]
-        return linear(x, kernel, bias, jnp.dtype(self.config.dtype))
+        if prepared is not None:
+            return prepared["kernel"], prepared["bias"]
+        kernel, bias = projection()
+        heads = self.config.memory_attention.num_heads
+        return split_pairs(kernel, heads), split_pairs(bias, heads)
 
     def _attend(self, query: Array, key: Array, value: Array, length: Array | None) -> Array:
-        """`value` is attended to as it is and projected after, at its own, smaller width:
-        the rows of a softmax sum to one, so softmax(.) (M W + b) = (softmax(.) M) W + b."""
+        """`value` is attended to as it is and projected after, at its own, smaller width: the rows
+        of a softmax sum to one, so softmax(.) (M W + b) = (softmax(.) M) W + b."""
         heads = self.config.memory_attention.num_heads
         dtype = jnp.dtype(self.config.dtype)
         kernel, bias = self.v_proj()
@@ -112,6 +127,7 @@ class RoPEAttention(nn.Module):
             fold_heads(key, heads),
             jnp.repeat(value.astype(dtype), heads, axis=0),
             length=length,
+            scale=1.0,
             kernel=self.config.kernels,
         )
         out = out.reshape(-1, heads, *out.shape[1:])
@@ -121,46 +137,41 @@ class RoPEAttention(nn.Module):
 
     def attend_self(self, x: Array) -> Array:
         """[N, HW, C] -> [N, HW, C]."""
-        return self._attend(
-            self._rotated(x, self.q_proj), self._rotated(x, self.k_proj), x, length=None
-        )
+        return self._attend(self._query(x), self._rotated(x, self.k_proj), x, length=None)
 
     def attend_memory(self, x: Array, memory: MemoryTokens) -> Array:
         """[1 or N, HW, C] -> [N, HW, C]. Pointers' keys are not rotated.
 
         Where the collection WATCHED is mutable, it is told what the memories received.
         """
-        query = self._rotated(x, self.q_proj)
+        query = self._query(x)
         query = jnp.broadcast_to(query, (memory.values.shape[0], *query.shape[1:]))
-        keys = self._rotated(memory.spatial_keys, self.k_proj)
-        pointers = self._projected(memory.pointer_keys, self.k_proj)
+        pointers = linear(
+            memory.pointer_keys, *self._in_pairs(self.k_proj), jnp.dtype(self.config.dtype)
+        )
+        keys = self._rotated(memory.spatial_keys, self.k_proj, room=pointers.shape[1])
         if self.is_mutable_collection(WATCHED) and not self.is_initializing():
             self.sow(WATCHED, "mass", self._mass(query, keys, pointers, memory))
-        keys = keys.reshape(keys.shape[0], -1, keys.shape[-1])
-        return self._attend(
-            query,
-            place_after(keys, pointers, memory.spatial_length),
-            memory.values,
-            memory.length,
-        )
+        keys = place_in(keys, pointers, memory.spatial_length)
+        return self._attend(query, keys, memory.values, memory.length)
 
     def _mass(
         self, query: Array, keys: Array, pointers: Array, memory: MemoryTokens
     ) -> tuple[Array, Array]:
         """The share of each cell's attention that each memory has: [N, K, HW], and of each pointer:
         [N, Q, HW]. Computed a memory at a time, as the weights of all would not fit."""
-        heads = self.config.memory_attention.num_heads
-        query = query.reshape(*query.shape[:-1], heads, -1)
-        factor = query.shape[-1] ** -0.5
+        heads, (count, cells, width) = self.config.memory_attention.num_heads, query.shape
+        query = query.reshape(count, cells, heads, -1)
+        keys = keys[:, : keys.shape[1] - pointers.shape[1]].reshape(count, -1, cells, width)
 
         def received(key: Array, valid: Array) -> Array:
             """Logarithm of the summed weights of keys [N, M, C]: [N, heads, HW]."""
             key = key.reshape(*key.shape[:-1], heads, -1)
-            scores = einsum("bthd,bmhd->bhtm", query, key) * factor
+            scores = einsum("bthd,bmhd->bhtm", query, key)
             scores = jnp.where(valid[:, None, None], scores, MASKED)
             return jax.nn.logsumexp(scores, axis=-1)
 
-        slots, cells = keys.shape[1:3]
+        slots = keys.shape[1]
         starts = jnp.arange(slots, dtype=jnp.int32) * cells
         valid = starts[:, None, None] < memory.spatial_length[None, :, None]
         spatial = jax.lax.map(lambda item: received(*item), (jnp.moveaxis(keys, 1, 0), valid))
@@ -178,9 +189,13 @@ class RoPEAttention(nn.Module):
 
 def place_after(first: Array, second: Array, length: Array) -> Array:
     """Puts `second` [N, Q, D] behind the first `length` [N] tokens of `first` [N, K, D]."""
-    room = jnp.pad(first, ((0, 0), (0, second.shape[1]), (0, 0)))
+    return place_in(jnp.pad(first, ((0, 0), (0, second.shape[1]), (0, 0))), second, length)
+
+
+def place_in(first: Array, second: Array, length: Array) -> Array:
+    """`place_after`, where `first` [N, K + Q, D] has room for it."""
     put = jax.vmap(lambda row, tail, at: lax.dynamic_update_slice(row, tail, (at, 0)))
-    return put(room, second.astype(first.dtype), length)
+    return put(first, second.astype(first.dtype), length)
 
 
 class MemoryAttentionLayer(nn.Module):

@@ -116,7 +116,7 @@ def _as_they_lie(
     num_heads: int, window: int, qkv: Array, outside: Array, query: Array | None
 ) -> Array:
     by_heads = functools.partial(_by_heads, num_heads, window, False)
-    kernels = _kernels_of_gpus()
+    kernels = kernels_of_gpus()
     if kernels is None:
         return by_heads(qkv, outside, query)
     in_one = functools.partial(kernels.self_attention, num_heads=num_heads, window=window)
@@ -168,13 +168,13 @@ def _blockwise(query: Array, key: Array, value: Array, length: Array, kernel: bo
 
 def _blockwise_forward(query: Array, key: Array, value: Array, length: Array, kernel: bool):
     given = query, key, value, length
-    kernels = _kernels_of_gpus() if kernel and key.dtype == value.dtype == jnp.bfloat16 else None
+    kernels = kernels_of_gpus() if kernel and key.dtype == value.dtype == jnp.bfloat16 else None
     others = {} if kernels is None else {"cuda": kernels.flash_attention}
     out, log_sum = lax.platform_dependent(*given, cpu=_row_by_row, default=_online, **others)
     return out, (*given, out, log_sum)
 
 
-def _kernels_of_gpus() -> Any:
+def kernels_of_gpus() -> Any:
     """The module of kernels, if it is to be had.
 
     Older GPUs have too little memory beside each processor. Without a GPU here, it is asked for

@@ -24,7 +24,7 @@ def conv(
     rounded: bool = True,
 ) -> Array:
     """Convolution with a [kh, kw, I, O] kernel and the same zero padding on every side."""
-    bias = bias.astype(dtype) if rounded else bias
+    bias = bias.astype(dtype if rounded else jnp.float32)
     y: Any = _convolve(x.astype(dtype), kernel, bias, stride, padding, rounded)
     return y
 

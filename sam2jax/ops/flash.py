@@ -3,6 +3,7 @@
 To many keys it is the online softmax of `ops.attention` (FlashAttention, arXiv 2205.14135). Keys
 are split where there are few queries, so that the whole chip has work. Values may be narrower than
 keys. Within an image heads are read where the projection has left them, and nothing is transposed.
+Rotated queries and keys are projected and rotated in one kernel, too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ PROGRAMS = 128  # that a large chip runs at once
 MOST_SPLITS = 8
 PART = 64  # channels in a product: a block has a power of two, and heads rarely have as many
 LEAST = 16  # rows or columns of a product
+ROWS, CHANNELS = 64, 64  # in a block of what is projected and rotated
 _PER_BIT = 1.4426950408889634  # log2(e): the chip has exponentials of base 2
 
 
@@ -295,3 +297,75 @@ def _self_kernel(
 
 def _wide(x: Array) -> Array:
     return x.astype(jnp.float32)
+
+
+def can_rotate(width: int, positions: int, room: int) -> bool:
+    """Whether `project_and_rotate` takes inputs of that width: it does not fill blocks up."""
+    return width % CHANNELS == positions % ROWS == room % ROWS == 0
+
+
+def project_and_rotate(
+    x: Array,
+    kernel: Array,
+    bias: Array,
+    cos: Array,
+    sin: Array,
+    room: int = 0,
+    *,
+    interpret: bool = False,
+) -> Array:
+    """`ops.rope.project_and_rotate`.
+
+    Args:
+      x: [B, maps * P, I] bfloat16.
+      kernel: [I, d], in `split_pairs` order, as is `bias`: [d].
+      cos: [P, d / 2], as is `sin`.
+      room: zeros that follow each row.
+      interpret: run it as JAX, on any device.
+
+    Returns:
+      [B, maps * P + room, d] bfloat16.
+    """
+    (batch, rows, width), (positions, pairs) = x.shape, cos.shape
+    blocks, period = rows // ROWS, positions // ROWS
+
+    def table() -> pl.BlockSpec:
+        return pl.BlockSpec((ROWS, pairs), lambda b, i: (lax.rem(i, jnp.int32(period)), 0))
+
+    return pl.pallas_call(
+        functools.partial(_rotated_kernel, blocks),
+        grid=(batch, blocks + room // ROWS),
+        in_specs=[
+            pl.BlockSpec((None, ROWS, width), lambda b, i: (b, jnp.minimum(i, blocks - 1), 0)),
+            pl.BlockSpec(kernel.shape, lambda b, i: (0, 0)),
+            pl.BlockSpec(bias.shape, lambda b, i: (0,)),
+            table(),
+            table(),
+        ],
+        out_specs=pl.BlockSpec((None, ROWS, 2 * pairs), lambda b, i: (b, i, 0)),
+        out_shape=jax.ShapeDtypeStruct((batch, rows + room, 2 * pairs), x.dtype),
+        # As many registers as there are for two sums of 64 x 128.
+        compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
+        interpret=interpret,
+        name="project_and_rotate",
+    )(x, kernel.astype(x.dtype), bias, cos, sin)
+
+
+def _rotated_kernel(blocks: int, x_ref, kernel_ref, bias_ref, cos_ref, sin_ref, out_ref) -> None:
+    pairs = cos_ref.shape[1]
+    halves = pl.ds(0, pairs), pl.ds(pairs, pairs)  # first and second members of pairs
+
+    def add(index: Array, sums):
+        at = pl.ds(index * CHANNELS, CHANNELS)
+        x = x_ref[:, at]
+        products = (triton.dot(x, kernel_ref[at, half]) for half in halves)
+        return tuple(s + product for s, product in zip(sums, products, strict=True))
+
+    sums = (jnp.zeros(cos_ref.shape, jnp.float32),) * 2
+    sums = lax.fori_loop(0, x_ref.shape[1] // CHANNELS, add, sums)
+    first, second = (s + _wide(bias_ref[h])[None] for s, h in zip(sums, halves, strict=True))
+    cos, sin = cos_ref[...], sin_ref[...]
+    inside = pl.program_id(1) < blocks
+    rotated = first * cos - second * sin, first * sin + second * cos
+    for half, members in zip(halves, rotated, strict=True):
+        out_ref[:, half] = jnp.where(inside, members, 0.0).astype(out_ref.dtype)

@@ -158,7 +158,7 @@ def gelu(x: Array) -> Array:
 
 
 def _gelu_by_erfc(x: Array) -> Array:
-    return jax.nn.gelu(x, approximate=False)
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
 
 
 @gelu.defjvp
