@@ -10,6 +10,7 @@ from PIL import Image
 from sam2jax.io import container
 from sam2jax.io.images import list_frames, read_image, read_mask
 from sam2jax.io.masks import davis_palette
+from sam2jax.io.reader import FrameReader
 from sam2jax.io.video import open_video
 from tests.clips import number, picture, write_clip, write_folder
 
@@ -68,12 +69,13 @@ def test_backward_run_does_not_decode_everything_for_every_frame(tmp_path):
     assert len(decoded) <= 20  # each group of five once
 
 
-def test_uneven_frame_times(tmp_path):
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv"])
+def test_uneven_frame_times(tmp_path, name):
     times = [0, 1, 5, 6, 7, 20, 21, 22, 30, 31, 40, 41]
-    video = open_video(write_clip(tmp_path / "clip.mp4", times=times), 32)
+    video = open_video(write_clip(tmp_path / name, times=times), 32)
     assert [number(frame) for frame in video] == FORWARD
     assert number(video[6]) == 6
-    assert 5 < video.fps < 10
+    np.testing.assert_allclose(float(video.fps), 25 * 11 / 41, rtol=1e-2)
 
 
 def test_video_from_bytes(tmp_path):
@@ -216,6 +218,38 @@ def test_broken_videos_are_refused(tmp_path):
             for _ in open_video(tmp_path / name, 32):
                 pass
         assert name in str(error.value) and str(error.value).count("\n") < 2
+
+
+def test_a_damaged_frame_is_told_as_often_as_it_is_asked_for(tmp_path):
+    """And what comes before it can be read again."""
+    broken_videos(tmp_path)
+    with open_video(tmp_path / "damaged.mp4") as video:
+        total, read = len(video), []
+        with pytest.raises(ValueError, match="damaged at frame"):
+            for frame in video:
+                read.append(frame)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="damaged at frame"):
+                [video[i] for i in range(total)]
+        assert len(video) == total > len(read) > 0
+        np.testing.assert_array_equal([video[i] for i in range(len(read))], read)
+
+
+def test_a_closed_video_says_so(tmp_path):
+    with open_video(write_clip(tmp_path / "clip.mp4")) as video:
+        reader = FrameReader(video)
+        assert number(reader.read(0, ahead=range(1, 6))) == 0
+    for read in (video.__getitem__, FrameReader(video).read):
+        with pytest.raises(ValueError, match="closed"):
+            read(11)
+
+
+def test_readers_may_share_a_video(tmp_path):
+    video = open_video(write_clip(tmp_path / "clip.mp4"), 32)
+    readers = FrameReader(video), FrameReader(video)
+    for i in range(12):
+        there, back = readers[0].read(i, (i + 1,)), readers[1].read(11 - i, (10 - i,))
+        assert (number(there), number(back)) == (i, 11 - i)
 
 
 def test_missing_video_is_refused(tmp_path):

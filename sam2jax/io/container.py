@@ -7,6 +7,7 @@ import io
 import itertools
 import os
 import pathlib
+import threading
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -39,16 +40,19 @@ class ContainerVideo(Video):
     Opening reads the whole file once without decoding it: that counts the frames (headers are not
     always right), finds the key frames that decoding can start from, and shows whether the file
     is complete. Backward runs decode from a key frame and keep what fits a fixed amount of memory.
+    Threads may share it, and close it while others read: those get a ValueError.
     """
 
     def __init__(self, source: pathlib.Path | bytes, size: int | None):
         self._source, self.size = source, size
+        self._lock = threading.RLock()  # FFmpeg's objects are not to be touched by two at once
         self.name = "the video" if isinstance(source, bytes) else str(source)
         self._index = _scan(source, self.name)
         self.num_frames = len(self._index.times)
         self._kept: dict[int, Any] = {}  # decoded frames, by number
         self._converter: Converter | None = None  # known from the first frame on
         self._container: Any = None
+        self._closed = False
         self._rewind()
         try:
             first = self._decode()
@@ -59,14 +63,22 @@ class ContainerVideo(Video):
         self.num_frames = len(self._index.times)
         self._converter = Converter(first)
         self.height, self.width = self._converter.height, self._converter.width
-        self.fps = frame_rate(self._stream)
+        self.fps = self._index.frame_rate(self._stream)
         self._room = max(8, _BUDGET // sum(plane.buffer_size for plane in first.planes))
 
     def close(self) -> None:
-        self._kept.clear()
-        self._container.close()
+        with self._lock:
+            self._kept.clear()
+            self._container.close()
+            self._closed = True
 
     def _read(self, index: int) -> Any:
+        with self._lock:
+            return self._read_alone(index)
+
+    def _read_alone(self, index: int) -> Any:
+        if self._closed:
+            raise ValueError(f"{self.name} is closed; open it again.")
         if index >= self.num_frames:
             raise IndexError(index)
         if index not in self._kept:
@@ -99,8 +111,9 @@ class ContainerVideo(Video):
         return frame
 
     def _damaged(self) -> ValueError:
+        damaged, self._next = self._next, self.num_frames  # so that who asks again starts anew
         return ValueError(
-            f"{self.name} is damaged at frame {self._next} and cannot be decoded; re-encode it, "
+            f"{self.name} is damaged at frame {damaged} and cannot be decoded; re-encode it, "
             "for example with `ffmpeg -i IN OUT.mp4`, and look at the result."
         )
 
@@ -131,7 +144,8 @@ class ContainerVideo(Video):
 
     def _image(self, native: Any) -> np.ndarray:
         assert self._converter is not None
-        return self._converter.image(native, self.size)
+        with self._lock:
+            return self._converter.image(native, self.size)
 
     def _original(self, native: Any) -> np.ndarray:
         assert self._converter is not None
@@ -189,6 +203,17 @@ class _Index(NamedTuple):
         return _Index(
             self.times[first:], self.keys[kept] - first, self.key_decoding_times[kept], True
         )
+
+    def frame_rate(self, stream: Any) -> Fraction | None:
+        """Frames per second: what the container says, but where its times say otherwise."""
+        said = frame_rate(stream)
+        if not self.timed or len(self.times) < 2 or not stream.time_base:
+            return said
+        seconds = int(self.times[-1] - self.times[0]) * Fraction(stream.time_base)
+        found = (len(self.times) - 1) / seconds
+        if said and abs(found / said - 1) < 0.05:  # times are rounded, and streams may begin late
+            return said
+        return found.limit_denominator(1001)
 
     def key_before(self, index: int) -> int:
         at = int(np.searchsorted(self.keys, index, side="right"))
