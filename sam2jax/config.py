@@ -113,6 +113,9 @@ class SAM2Config:
                 "max_cond_frames_in_attn must be -1 (all) or at least 2, got "
                 f"{self.max_cond_frames_in_attn}."
             )
+        for name in ("num_maskmem", "max_obj_ptrs_in_encoder"):
+            if getattr(self, name) < 2:  # of a conditioning frame and of a recent one
+                raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}.")
         if self.memory_temporal_stride_for_eval < 1:
             raise ValueError(
                 "memory_temporal_stride_for_eval must be at least 1, got "

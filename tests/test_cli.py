@@ -369,6 +369,11 @@ def test_track_refuses_bad_input(tmp_path, sam2jax_cli, checkpoint):
     refused(track(clip, *point, "--masks", "masks.zip"), "must end in .json")
     refused(track(clip, *point, *out, "--masks", "no/masks.json"), "does not exist")
     refused(track(clip, *point, "--out", clip), "is the input")
+    (tmp_path / "prompts.json").write_text('[{"object": 1, "frame": 0, "points": [[9, 9]]}]')
+    given = clip, "--prompts", tmp_path / "prompts.json"
+    refused(track(*given, "--masks", tmp_path / "prompts.json"), "prompts.json is the input")
+    for picture in ("no/explain.png", tmp_path):
+        refused(track(clip, *point, *out, "--explain", picture), "--explain")
     refused(track(tmp_path / "no.mp4", *point, *out), "there is no video")
     for name, words in broken_videos(tmp_path).items():
         if name != "damaged.mp4":  # which shows later

@@ -327,6 +327,7 @@ def test_crops():
     assert [layer for _, layer in boxes] == [0] + [1] * 4 + [2] * 16
     assert boxes[0][0] == (0, 0, 900, 600) and boxes[4][0][2:] == (900, 600)
     assert all(0 <= x0 < x1 <= 900 and 0 <= y0 < y1 <= 600 for (x0, y0, x1, y1), _ in boxes)
+    assert len(crop_boxes((3, 1), 1, 512 / 1500)) < 5  # none of no pixels
     found = np.array([[300, 100, 552, 200], [300, 100, 500, 200], [0, 0, 100, 100]])
     assert near_crop_edge(found, (0, 0, 552, 402), (600, 900)).tolist() == [True, False, False]
 

@@ -214,6 +214,8 @@ def test_mask_writers_refuse_what_they_cannot_hold(tmp_path, masks):
         mask_writer(tmp_path / "masks.zip")
     with pytest.raises(ValueError, match="1 to 255"), mask_writer(tmp_path / "masks") as out:
         out.write(0, "00000", [0, 1, 2], masks[0])
+    with pytest.raises(ValueError, match="named"), mask_writer(tmp_path / "masks.npz") as out:
+        out.write(0, "frames", [1, 2, 3], masks[0])
     for name in ("masks.npz", "masks_auto.json"):
         with pytest.raises(ValueError, match="changed"), mask_writer(tmp_path / name) as out:
             out.write(0, "00000", [1, 2, 3], masks[0])

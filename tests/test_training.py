@@ -21,6 +21,7 @@ from sam2jax.nn.layers import dropout
 from sam2jax.nn.sam2 import SAM2, param_shapes
 from sam2jax.testing import random_params
 from sam2jax.tracking.segment import run_model
+from sam2jax.training.checkpoints import Checkpoints
 from sam2jax.training.config import SHIPPED, TrainConfig, read_config
 from sam2jax.training.lora import LoraConfig, init_lora, merge_lora
 from sam2jax.training.optimizer import (
@@ -243,6 +244,16 @@ def test_runs_that_cannot_begin(tmp_path):
     with pytest.raises(FileNotFoundError):
         train(run_config(tmp_path, model={"checkpoint": str(tmp_path / "none.pt")}), progress=False)
     assert run_values(tmp_path)["steps"] == 6
+
+
+def test_a_checkpoint_of_another_state_is_refused(tmp_path):
+    with Checkpoints(tmp_path / "run", 2) as checkpoints:
+        checkpoints.save(3, {"a": jnp.ones(4)}, {"epoch": 1})
+    with Checkpoints(tmp_path / "run", 2) as checkpoints:
+        state, data = checkpoints.load({"a": jnp.zeros(4)})
+        assert data == {"epoch": 1} and state["a"].tolist() == [1] * 4
+        with pytest.raises(ValueError, match="not of this configuration"):
+            checkpoints.load({"b": jnp.zeros(4), "c": jnp.zeros(2)})
 
 
 def test_a_run_that_diverges_stores_no_such_state(tmp_path, monkeypatch):

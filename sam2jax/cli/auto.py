@@ -81,6 +81,8 @@ def auto(
                 "passed over.",
                 err=True,
             )
+        if not todo:
+            return
         from sam2jax.predictors.automatic import SAM2AutomaticMaskGenerator
 
         generator = SAM2AutomaticMaskGenerator(

@@ -32,6 +32,8 @@ class Explainer:
     def __init__(self, path: pathlib.Path, object_ids: Sequence[int], frames: range) -> None:
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             raise ValueError(f"--explain {path}: expected a name that ends in .png or .jpg.")
+        if path.is_dir() or not path.absolute().parent.is_dir():  # known before it is needed
+            raise ValueError(f"--explain {path}: it is a folder, or is in none that exists.")
         self._path, self._ids = path, object_ids
         self._step = -(-len(frames) // MOST_FRAMES)
         drawn = frames[:: self._step]

@@ -7,7 +7,7 @@ import functools
 import itertools
 import pathlib
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -138,7 +138,12 @@ def track(
         check_inside(table, clip.height, clip.width, str(video))
         mask_prompts = read_masks(table, clip.height, clip.width)
         sinks = _open_sinks(stack, clip, table, out, masks)
-        _refuse_overwriting(video, out)
+        read = [
+            pathlib.Path(video),
+            prompts,
+            *(p.mask for f in table.frames.values() for p in f.values()),
+        ]
+        _refuse_overwriting(read, {"--out": out, "--masks": masks, "--explain": explain})
         model, params = load_model(checkpoint, image_size, dtype, apply_postprocessing, memory=True)
 
         from sam2jax.cli.explain import Explainer
@@ -230,10 +235,13 @@ def _ended_by_interrupt(stream: Stream) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _refuse_overwriting(video: str, out: pathlib.Path | None) -> None:
-    path = pathlib.Path(video)
-    if out is not None and out.exists() and path.exists() and out.samefile(path):
-        raise ValueError(f"{out} is the input; give --out another name.")
+def _refuse_overwriting(
+    read: Iterable[pathlib.Path | None], written: Mapping[str, pathlib.Path | None]
+) -> None:
+    read = [path for path in read if path is not None and path.is_file()]
+    for option, path in written.items():
+        if path is not None and path.exists() and any(path.samefile(other) for other in read):
+            raise ValueError(f"{path} is the input; give {option} another name.")
 
 
 def _open_sinks(

@@ -190,7 +190,7 @@ class ArrayWriter(_FileWriter):
     """An .npz: a bool array [N, H, W] for each frame, under the frame's name, packed on disk.
 
     `object_ids` says which objects the N are, and `frames` which numbers the frames have, in the
-    order they were written. `np.load` reads one frame at a time.
+    order they were written; no frame can be named so. `np.load` reads one frame at a time.
     """
 
     def _open(self, temporary: pathlib.Path, undo: contextlib.ExitStack) -> None:
@@ -204,6 +204,8 @@ class ArrayWriter(_FileWriter):
     def write(self, index: int, name: str, object_ids: Sequence[int], masks: np.ndarray) -> None:
         """Writes a frame; arguments as in `PaletteWriter.write`, any ids, the same every time."""
         _check(object_ids, masks)
+        if name in ("object_ids", "frames"):
+            raise ValueError(f"in an .npz file no frame can be named {name!r}; write .json.")
         self._object_ids = _check_same(self._object_ids, object_ids)
         self._frames.append(index)
         self._add(name, np.ascontiguousarray(masks))

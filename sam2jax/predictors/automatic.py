@@ -231,10 +231,13 @@ class SAM2AutomaticMaskGenerator:
             passed = np.flatnonzero(ious > self.pred_iou_thresh)
         size = canvas.size
         stability, boxes = self._measure(logits, passed, canvas)
+        x0, y0, x1, y1 = box
+        boxes = np.where(
+            np.any(boxes, axis=1, keepdims=True), boxes, (x0, y0, x0, y0)
+        )  # empty ones
         keep = ~near_crop_edge(boxes, box, size)
         if self.stability_score_thresh > 0:
             keep &= stability >= self.stability_score_thresh
-        x0, y0, x1, y1 = box
         pixels = points * np.array([x1 - x0, y1 - y0]) + np.array([x0, y0])
         return Found(
             _objects(_rows(logits, passed[keep])),

@@ -42,7 +42,8 @@ def crop_boxes(size: tuple[int, int], layers: int, overlap_ratio: float) -> list
         for i, j in itertools.product(range(per_side), repeat=2):
             x0, y0 = i * (crop_width - overlap), j * (crop_height - overlap)
             box = (x0, y0, min(x0 + crop_width, width), min(y0 + crop_height, height))
-            boxes.append((box, layer))
+            if box[0] < box[2] and box[1] < box[3]:  # images of a few pixels have less
+                boxes.append((box, layer))
     return boxes
 
 

@@ -21,6 +21,7 @@ class Checkpoints:
 
     def __init__(self, folder: pathlib.Path, keep: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
         training: Any = ocp.training
         self._checkpointer = training.Checkpointer(
             folder.absolute(),
@@ -49,9 +50,20 @@ class Checkpoints:
         self._checkpointer.save_async(step, state, custom_metadata={"data": json.dumps(data)})
 
     def load(self, like: Any) -> tuple[TrainState, dict[str, Any]]:
-        """The newest one, with the shapes and shardings of `like`, and where the data were."""
+        """The newest one, with the shapes and shardings of `like`, and where the data were.
+
+        Raises:
+          ValueError: it has other parts or shapes than `like`, or is damaged.
+        """
         metadata: Any = self._checkpointer.metadata(self.latest).custom_metadata
-        state: Any = self._checkpointer.load(self.latest, like)
+        try:
+            state: Any = self._checkpointer.load(self.latest, like)
+        except Exception as error:  # of kinds that Orbax does not tell
+            raise ValueError(
+                f"the checkpoint after step {self.latest} in {self._folder} is not of this "
+                "configuration (its model, freeze, lora or optimizer), or is damaged; resume with "
+                "the configuration that it was written with, or start in another folder."
+            ) from error
         return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(state)), json.loads(
             metadata["data"]
         )

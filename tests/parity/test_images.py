@@ -85,6 +85,13 @@ def test_the_same_script(media: pathlib.Path, model: tuple[str, int], name: str)
     point = arrays(SCRIPT["point"])
     earlier = theirs.predict(**point)[2]
     for what, given in {
+        "crops with empty masks": {
+            "crop_n_layers": 1,
+            "crop_n_points_downscale_factor": 2,
+            "mask_threshold": 6.0,
+            "pred_iou_thresh": 0.0,
+            "stability_score_thresh": 0.0,
+        },
         "fed back": {**point, "mask_input": earlier[:1]},
         "fed back alone": {"mask_input": earlier[1:2], "multimask_output": False},
         "boxes fed back": {"box": np.float32(BOXES), "mask_input": earlier[:1]},
