@@ -133,7 +133,7 @@ class Prompts(Tree):
     def none(cls, num_objects: int, width: int = 1) -> Prompts:
         """No prompt for any object: all are tracked."""
         return cls(
-            points=jnp.zeros((num_objects, width, 2)),
+            points=jnp.zeros((num_objects, width, 2), jnp.float32),
             labels=jnp.zeros((num_objects, width), jnp.int32),
             num_points=jnp.zeros(num_objects, jnp.int32),
             kind=jnp.full(num_objects, NONE, jnp.int32),

@@ -172,6 +172,16 @@ def test_single_picture_is_a_clip_of_one_frame(tmp_path):
     assert len(open_video(tmp_path / "only.png", 32)) == 1
 
 
+def test_greys_of_16_bits_become_8(tmp_path):
+    grey = np.arange(256, dtype=np.uint8).reshape(8, 32)
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    for name in ("16.png", "16.tiff"):
+        Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / name)
+        np.testing.assert_array_equal(
+            read_image(tmp_path / name), read_image(tmp_path / "8.png"), name
+        )
+
+
 def test_array_is_passed_through():
     frames = np.stack([picture(i, 48, 64) for i in range(3)])
     video = open_video(frames, 32)

@@ -66,7 +66,8 @@ def image_dimensions(path: PathLike) -> tuple[int, int]:
 def open_image(path: PathLike) -> Image:
     """An image file as a decoded RGB picture.
 
-    A camera's orientation tag is not applied, as in the official loader.
+    A camera's orientation tag is not applied, as in the official loader. Greys of 16 bits become
+    8, which Pillow cuts off at 255.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -75,6 +76,9 @@ def open_image(path: PathLike) -> Image:
     from PIL import Image
 
     with _reading(path), Image.open(path, formats=_FORMATS) as image:
+        if image.mode in ("I", "I;16", "I;16B"):
+            grey = np.clip(np.asarray(image) // 257, 0, 255).astype(np.uint8)
+            return Image.fromarray(grey).convert("RGB")
         return image.convert("RGB")
 
 

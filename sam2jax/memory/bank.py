@@ -77,17 +77,17 @@ def empty(config: SAM2Config, max_cond_frames: int, room: Room = NO_ROOM) -> Mem
     return MemoryBank(
         cond_frame=none(cond),
         cond_spatial=jnp.zeros((cond, cells, config.mem_dim), jnp.bfloat16),
-        cond_pointer=jnp.zeros((cond, width)),
-        cond_iou=jnp.zeros(cond),
-        cond_score=jnp.zeros(cond),
+        cond_pointer=jnp.zeros((cond, width), jnp.float32),
+        cond_iou=jnp.zeros(cond, jnp.float32),
+        cond_score=jnp.zeros(cond, jnp.float32),
         recent_frame=none(recent),
         recent_spatial=jnp.zeros((recent, cells, config.mem_dim), jnp.bfloat16),
-        recent_iou=jnp.zeros(recent),
-        recent_score=jnp.zeros(recent),
+        recent_iou=jnp.zeros(recent, jnp.float32),
+        recent_score=jnp.zeros(recent, jnp.float32),
         pointer_frame=none(pointers),
-        pointer=jnp.zeros((pointers, width)),
-        pointer_iou=jnp.zeros(pointers),
-        pointer_score=jnp.zeros(pointers),
+        pointer=jnp.zeros((pointers, width), jnp.float32),
+        pointer_iou=jnp.zeros(pointers, jnp.float32),
+        pointer_score=jnp.zeros(pointers, jnp.float32),
     )
 
 
@@ -147,7 +147,7 @@ def _in_order(selected: Selected, capacity: int) -> tuple[Array, Array]:
 
 
 def _blank_past(frames: Array, count: Array) -> Array:
-    return jnp.where(jnp.arange(frames.shape[0]) < count, frames, EMPTY)
+    return jnp.where(jnp.arange(frames.shape[0], dtype=jnp.int32) < count, frames, EMPTY)
 
 
 # Writing ------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def slot_for(frames: Array, frame: Array, keep: Array) -> Array:
     """The slot to write `frame` to, one-hot: its own, else a free one, else the least of `keep`."""
     keep = jnp.where(frames == EMPTY, -FAR - 1, keep)
     keep = jnp.where(frames == frame, -FAR - 2, keep)
-    return jnp.arange(frames.shape[0]) == jnp.argmin(keep)
+    return jnp.arange(frames.shape[0], dtype=jnp.int32) == jnp.argmin(keep)
 
 
 def becomes_recent(bank: MemoryBank, frame: Array, recent: Array, conditioning: Array) -> Array:

@@ -194,7 +194,7 @@ def place_after(first: Array, second: Array, length: Array) -> Array:
 
 def place_in(first: Array, second: Array, length: Array) -> Array:
     """`place_after`, where `first` [N, K + Q, D] has room for it."""
-    put = jax.vmap(lambda row, tail, at: lax.dynamic_update_slice(row, tail, (at, 0)))
+    put = jax.vmap(lambda row, tail, at: lax.dynamic_update_slice_in_dim(row, tail, at, axis=0))
     return put(first, second.astype(first.dtype), length)
 
 

@@ -173,11 +173,13 @@ class SAM2(nn.Module):
         """Touches every parameter; only for `init`."""
         config = self.config
         frame = self.encode_image(images)
-        mask = jnp.zeros((1, config.image_size, config.image_size))
+        mask = jnp.zeros((1, config.image_size, config.image_size), jnp.float32)
         features, logits = self.without_memory(frame.features), mask[:, ::4, ::4]
         if not config.images_only:
-            memory = self.encode_memory(frame.features, mask, jnp.ones(1))
-            pointer = self.object_pointer(jnp.zeros((1, config.hidden_dim)), jnp.ones(1, bool))
+            memory = self.encode_memory(frame.features, mask, jnp.ones(1, jnp.float32))
+            pointer = self.object_pointer(
+                jnp.zeros((1, config.hidden_dim), jnp.float32), jnp.ones(1, bool)
+            )
             one = jnp.ones(1, jnp.int32)
             read = MemoryRead(
                 spatial=memory[:, None],
@@ -185,7 +187,7 @@ class SAM2(nn.Module):
                 spatial_frame=one[:, None],
                 num_spatial=one,
                 pointers=pointer[:, None],
-                pointer_position=jnp.ones((1, 1)),
+                pointer_position=jnp.ones((1, 1), jnp.float32),
                 pointer_frame=one[:, None],
                 num_pointers=one,
             )
@@ -194,7 +196,7 @@ class SAM2(nn.Module):
         return self.decode_masks(
             features,
             (frame.high_res_s0, frame.high_res_s1),
-            jnp.zeros((1, 1, 2)),
+            jnp.zeros((1, 1, 2), jnp.float32),
             jnp.zeros((1, 1), jnp.int32),
             jnp.ones(1, jnp.int32),
             logits,

@@ -119,7 +119,7 @@ def _kernel_gradient(x: Array, gradient: Array, size: int, stride: int, padding:
     reach = (x.shape[0], (height - 1) * stride + 1, (width - 1) * stride + 1, x.shape[3])
 
     def cell(index: Array) -> Array:
-        seen = lax.dynamic_slice(padded, (0, index // size, index % size, 0), reach)
+        seen = _shifted(padded, index, size, reach)
         return einsum("bhwi,bhwo->io", seen[:, ::stride, ::stride], gradient)
 
     cells = lax.map(cell, jnp.arange(size**2, dtype=jnp.int32))
@@ -173,7 +173,7 @@ def _shifted_backward(dtype: jnp.dtype, residuals: tuple[Array, Array], gradient
     padded = _pad(x.astype(dtype), size)
 
     def cell(index: Array) -> Array:
-        shifted = lax.dynamic_slice(padded, (0, index // size, index % size, 0), x.shape)
+        shifted = _shifted(padded, index, size, x.shape)
         return jnp.sum(shifted.astype(jnp.float32) * gradient, axis=(0, 1, 2))
 
     by_kernel = lax.map(cell, jnp.arange(size**2, dtype=jnp.int32)).reshape(kernel.shape)
@@ -182,6 +182,12 @@ def _shifted_backward(dtype: jnp.dtype, residuals: tuple[Array, Array], gradient
 
 
 _shifted_products.defvjp(_shifted_forward, _shifted_backward)
+
+
+def _shifted(padded: Array, index: Array, size: int, shape: tuple[int, ...]) -> Array:
+    """What cell `index` of a kernel of `size` x `size` sees."""
+    none = jnp.zeros_like(index)
+    return lax.dynamic_slice(padded, (none, index // size, index % size, none), shape)
 
 
 def _pad(x: Array, size: int) -> Array:

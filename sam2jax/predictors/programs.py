@@ -152,7 +152,7 @@ def remember(
     candidates = MaskCandidates(
         masks=jnp.broadcast_to(record.masks, (count, *record.masks.shape)),
         ious=jnp.broadcast_to(iou, count),
-        tokens=jnp.zeros((count, config.hidden_dim)),
+        tokens=jnp.zeros((count, config.hidden_dim), jnp.float32),
         object_score=memory.object_score,
     )
     carried, of_each = jax.tree.map(
@@ -186,7 +186,7 @@ def take_turn(
     multimask: Array,
 ) -> TrackState:
     """With an object's prompted frame told to the policy, when tracking has come to it."""
-    rows = place * policy.lineages + jnp.arange(policy.lineages)
+    rows = place * policy.lineages + jnp.arange(policy.lineages, dtype=jnp.int32)
     held = Held(bank=state.bank, carried=state.carried)
     told = jax.vmap(
         lambda held: remember(

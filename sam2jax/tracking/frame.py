@@ -267,17 +267,18 @@ def _choose(config, policy, state, candidates, now) -> tuple[Choice, Any]:
     )
     choice, carried = jax.tree.map(join, (choice, carried))
     rows = jnp.arange(choice.parent.shape[0], dtype=jnp.int32)
-    return choice.replace(parent=rows // lineages * lineages + choice.parent), carried
+    parent = choice.parent.astype(jnp.int32)  # with 64-bit types on, a policy's may be wider
+    return choice.replace(parent=rows // lineages * lineages + parent), carried
 
 
 def _no_answer(config: SAM2Config, state: TrackState):
     """Of the shapes that `_segment` returns, but for the explanation."""
     rows = state.bank.cond_frame.shape[0]
     answer = Answer(
-        masks=jnp.zeros((rows, config.mask_size, config.mask_size)),
-        iou=jnp.zeros(rows),
-        object_score=jnp.zeros(rows),
-        pointer=jnp.zeros((rows, config.hidden_dim)),
+        masks=jnp.zeros((rows, config.mask_size, config.mask_size), jnp.float32),
+        iou=jnp.zeros(rows, jnp.float32),
+        object_score=jnp.zeros(rows, jnp.float32),
+        pointer=jnp.zeros((rows, config.hidden_dim), jnp.float32),
     )
     spatial = jnp.zeros((rows, config.feature_size**2, config.mem_dim), jnp.bfloat16)
     return answer, spatial, jnp.arange(rows, dtype=jnp.int32), state.carried

@@ -101,7 +101,7 @@ def _init(config: SAM2Config, settings: Settings, bank: MemoryBank) -> Carried:
         promote=jnp.zeros((), bool),
         visible=jnp.zeros((), bool),
         cond_visible=jnp.zeros_like(bank.cond_frame, bool),
-        areas=jnp.zeros(_AREAS),
+        areas=jnp.zeros(_AREAS, jnp.float32),
         area_frames=jnp.full(_AREAS, EMPTY, jnp.int32),
     )
 
@@ -223,7 +223,7 @@ def _least_box_iou(seen: Seen) -> Array:
         return _area(box) / jnp.maximum(_area(both), 1)  # the box lies in the other
 
     iou = jax.vmap(with_other)(masks)
-    return jnp.min(jnp.where(jnp.arange(len(masks)) == seen.chosen, 1.0, iou))
+    return jnp.min(jnp.where(jnp.arange(len(masks), dtype=jnp.int32) == seen.chosen, 1.0, iou))
 
 
 def _box(mask: Array) -> tuple[Array, Array]:

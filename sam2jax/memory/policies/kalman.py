@@ -22,7 +22,7 @@ class Motion(Tree):
 
 def nothing() -> Motion:
     """Of no box yet."""
-    return Motion(mean=jnp.zeros(8), covariance=jnp.eye(8))
+    return Motion(mean=jnp.zeros(8, jnp.float32), covariance=jnp.eye(8, dtype=jnp.float32))
 
 
 def initiate(box: Array) -> Motion:
@@ -30,7 +30,7 @@ def initiate(box: Array) -> Motion:
     measured = _measurement(box)
     position, velocity = 2 * _POSITION * measured[3], 10 * _VELOCITY * measured[3]
     return Motion(
-        mean=jnp.concatenate([measured, jnp.zeros(4)]),
+        mean=jnp.concatenate([measured, jnp.zeros(4, jnp.float32)]),
         covariance=_diagonal(position, 1e-2, velocity, 1e-5),
     )
 
@@ -38,13 +38,13 @@ def initiate(box: Array) -> Motion:
 def predict(motion: Motion) -> Motion:
     """One frame on."""
     height = motion.mean[3]
-    step = jnp.eye(8) + jnp.eye(8, k=4)
+    step = jnp.eye(8, dtype=jnp.float32) + jnp.eye(8, k=4, dtype=jnp.float32)
     noise = _diagonal(_POSITION * height, 1e-2, _VELOCITY * height, 1e-5)
     moved = jnp.matmul(
         jnp.matmul(step, motion.covariance, precision=_HIGH), step.T, precision=_HIGH
     )
     return Motion(
-        mean=motion.mean + jnp.concatenate([motion.mean[4:], jnp.zeros(4)]),
+        mean=motion.mean + jnp.concatenate([motion.mean[4:], jnp.zeros(4, jnp.float32)]),
         covariance=moved + noise,
     )
 

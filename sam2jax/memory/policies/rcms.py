@@ -49,7 +49,7 @@ def rcms(threshold: float | Array = 0.6, most: int = 3) -> MemoryPolicy:
 
 def _init(config: SAM2Config, settings: Settings, bank: MemoryBank) -> Carried:
     return Carried(
-        reliability=jnp.zeros(()),
+        reliability=jnp.zeros((), jnp.float32),
         recent=jnp.zeros_like(bank.recent_frame, bool),
         pointer=jnp.zeros_like(bank.pointer_frame, bool),
         lost=jnp.zeros((), bool),

@@ -70,7 +70,9 @@ def sam2long(
 
 
 def _init(config: SAM2Config, settings: Settings, bank: MemoryBank) -> Carried:
-    return Carried(accepted=ranked.nothing_accepted(config, settings, bank), score=jnp.zeros(()))
+    return Carried(
+        accepted=ranked.nothing_accepted(config, settings, bank), score=jnp.zeros((), jnp.float32)
+    )
 
 
 def _read(
@@ -146,7 +148,7 @@ def _distinct(reached: Array, signed: Array, order: Array) -> Array:
     def take(state, candidate: Array, wanted: Array):
         taken, is_taken, count = state
         wanted = wanted & (count < lineages) & ~is_taken[candidate]
-        place = (jnp.arange(lineages) == count) & wanted
+        place = (jnp.arange(lineages, dtype=jnp.int32) == count) & wanted
         return (
             jnp.where(place, candidate, taken),
             is_taken.at[candidate].set(is_taken[candidate] | wanted),

@@ -85,7 +85,7 @@ def _init(config: SAM2Config, settings: Settings, bank: MemoryBank) -> Carried:
         accepted=ranked.nothing_accepted(config, settings, bank),
         motion=kalman.nothing(),
         stable=jnp.zeros((), jnp.int32),
-        score=jnp.full((), _NO_SCORE),
+        score=jnp.full((), _NO_SCORE, jnp.float32),
     )
 
 
