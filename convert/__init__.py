@@ -29,7 +29,7 @@ class Summary:
     num_tensors: int  # in the source
     num_parameters: int  # numbers in the model
     images_only: bool
-    largest_difference: float | None  # after a round trip, where it was asked for
+    largest_difference: float | None  # of what was written and is read, if it was asked for
 
     def __str__(self) -> str:
         lines = [
@@ -38,7 +38,7 @@ class Summary:
             f"{self.source_format} -> {self.dest_format}",
         ]
         if self.largest_difference is not None:
-            lines.append(f"largest difference after a round trip: {self.largest_difference:g}")
+            lines.append(f"largest difference when read again: {self.largest_difference:g}")
         return "\n".join(lines)
 
 

@@ -121,7 +121,7 @@ def write(
 
 def format_for(dest: PathLike, to: str | None = None) -> Format:
     """The format to write `dest` in: `to` if given, else by suffix."""
-    suffix = pathlib.Path(dest).suffix
+    suffix = pathlib.Path(dest).suffix.lower()
     if to is None:
         to = _FILES.get(suffix, "orbax")
     if to not in get_args(Format):

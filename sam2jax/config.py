@@ -101,10 +101,10 @@ class SAM2Config:
     multimask_max_pt_num: int = 1
 
     def __post_init__(self) -> None:
-        if not 32 <= self.image_size <= _MOST_PIXELS or self.image_size % 32:
+        size = self.image_size
+        if not isinstance(size, int) or not 32 <= size <= _MOST_PIXELS or size % 32:
             raise ValueError(
-                f"image_size must be a multiple of 32 from 32 to {_MOST_PIXELS}, got "
-                f"{self.image_size}."
+                f"image_size must be a multiple of 32 from 32 to {_MOST_PIXELS}, got {size!r}."
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}.")

@@ -5,6 +5,7 @@ Shapes: S is the model's image size, N objects, P points, C the hidden width, D 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -194,6 +195,11 @@ class Prompts(Tree):
             label_array[i, : len(row_labels)] = row_labels
         num_points = np.array([len(row_labels) for _, row_labels in rows], np.int32)
         mask_array, has_mask = _stack_optional("masks", masks)
+        if mask_array is not None and not 0 <= mask_array.min() <= mask_array.max() <= 1:
+            raise ValueError(
+                "masks must be bool or in [0, 1], got values from "
+                f"{mask_array.min():g} to {mask_array.max():g}; compare them with a threshold."
+            )
         logit_array, has_logits = _stack_optional("logits", logits)
         prompted = num_points > 0 if has_mask is None else (num_points > 0) | has_mask
         kind = np.where(prompted, REFINEMENT if refine else CONDITIONING, NONE)
@@ -251,7 +257,7 @@ class ClipPrompts(Tree):
                 "All frames' prompts must be for the same number of objects, got "
                 f"{[row.num_objects for row in rows]}."
             )
-        frames = jnp.asarray([int(frame) for frame in prompts], jnp.int32)
+        frames = jnp.asarray([operator.index(frame) for frame in prompts], jnp.int32)
         return cls(frames=frames, prompts=Prompts.stack(rows))
 
 

@@ -422,7 +422,7 @@ def test_info(sam2jax_cli, checkpoint):
 
 def test_convert(sam2jax_cli, checkpoint):
     result = sam2jax_cli("convert", checkpoint, "model.pt", "--verify")
-    assert result.exit_code == 0 and "round trip: 0" in result.output
+    assert result.exit_code == 0 and "read again: 0" in result.output
     assert sam2jax_cli("info", "model.pt").exit_code == 0
     os.remove("model.pt")
     refused(sam2jax_cli("convert", "no.pt", "model.pt"), "no.pt")

@@ -63,6 +63,7 @@ def test_what_segment_refuses(command, checkpoint, photo):
         (["--point", "1,2:3", "--out", "out.png"], "no frame 3"),
         (["--point", "200,2", "--out", "out.png"], "outside of"),
         (["--point", "1,2", "--out", photo], "is the input"),
+        (["--point", "1,2", "--masks", photo], "is the input"),
         (["--point", "1,2", "--out", "out.mp4"], ".png"),
         (["--point", "1,2", "--out", "no/folder.png"], "does not exist"),
     ):
@@ -126,4 +127,8 @@ def test_what_auto_refuses(command, checkpoint, tmp_path):
         result = command("auto", images, "--checkpoint", checkpoint, "--out", where)
         assert result.exit_code == 2 and message in result.output, result.output
     assert os.listdir(photos) == ["cups.png"] and not out.exists()
+    out.mkdir()
+    (out / "cups.json").write_text('{"image": {"file_name": "cups.jpg", "height": 1, "width": 1}}')
+    result = command("auto", photos, "--checkpoint", checkpoint, "--out", out)
+    assert result.exit_code == 2 and "is not of cups.png" in result.output, result.output
     np.testing.assert_array_equal(np.asarray(Image.open(photos / "cups.png")), picture())

@@ -307,6 +307,13 @@ def test_an_image_in_which_nothing_passes(params):
     assert generator.generate(picture()) == []
 
 
+def test_batches_are_no_larger_than_the_grid(params):
+    generator = sam2jax.SAM2AutomaticMaskGenerator(
+        MODEL, params, points_per_side=2, points_per_batch=2**40
+    )
+    assert generator.points_per_batch == 4
+
+
 def test_refused_generators(params):
     for given, message in (
         ({"points_per_side": None}, "points_per_side or point_grids"),
@@ -317,6 +324,8 @@ def test_refused_generators(params):
             "2 point_grids",
         ),
         ({"output_mode": "png"}, "output_mode"),
+        ({"points_per_side": 0}, "at least 1"),
+        ({"crop_n_layers": -1}, "at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
             sam2jax.SAM2AutomaticMaskGenerator(MODEL, params, **given)

@@ -316,10 +316,14 @@ def test_processes_together_do_what_one_does(run, checkpoint, videos):
         np.testing.assert_array_equal(stored["00004"][0], labels == 1)
 
 
-def test_what_is_refused(run, checkpoint, videos):
+def test_what_is_refused(run, checkpoint, videos, tmp_path):
     options = "--checkpoint", checkpoint, "--out"
+    task = {"video": str(videos / "a.mp4"), "prompts": "prompts/a.json"}
+    (tmp_path / "list.txt").write_text(json.dumps(task))
+    result = run("track-all", tmp_path / "list.txt", *options, tmp_path / "prompts")
+    assert result.exit_code == 2 and "holds videos or prompts of the list" in result.output
     for out, more, words in (
-        (videos, (), "holds videos of the list"),
+        (videos, (), "holds videos or prompts of the list"),
         ("out", ("--num-processes", 2), "--process-id is missing"),
         ("out", ("--point", "1"), "expected X,Y"),
     ):

@@ -264,6 +264,25 @@ def test_a_state_of_another_model_is_refused(params):
 def test_nothing_to_track_is_refused(params):
     with pytest.raises(ValueError, match="give prompts"):
         sam2jax.track(MODEL, params, clip(2))
+    with pytest.raises(ValueError, match="None of the prompted frames"):
+        sam2jax.track(MODEL, params, clip(2), {7: FIRST})
+
+
+def test_a_policy_is_not_a_name(params):
+    state, frame = sam2jax.init_state(MODEL, 2), clip(1)[0]
+    for call in (
+        lambda: sam2jax.init_state(MODEL, 2, policy="samurai"),
+        lambda: sam2jax.step(MODEL, params, state, frame, policy="samurai"),
+        lambda: sam2jax.track(MODEL, params, frame[None], FIRST, policy="samurai"),
+        lambda: sam2jax.SAM2VideoPredictor(MODEL, params, policy="samurai"),
+    ):
+        with pytest.raises(TypeError, match="a policy"):
+            call()
+
+
+def test_masks_of_bytes_are_refused():
+    with pytest.raises(ValueError, match="from 0 to 255"):
+        Prompts.make(masks=[np.eye(8) * 255])
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def auto(
         paths = _list(images)
         if any(path.parent.resolve() == out.resolve() for path in paths):
             raise ValueError(f"{out} holds the pictures; choose another folder for --out.")
-        todo = [path for path in paths if not _result(out, path).exists()]
+        todo = [path for path in paths if not _is_done(out, path)]
         make_folder(out)
         if len(todo) < len(paths):
             typer.echo(
@@ -118,6 +118,17 @@ def _list(images: pathlib.Path) -> list[pathlib.Path]:
     if not images.exists():
         raise FileNotFoundError(f"there is no image or folder {images}.")
     return list_frames(images) if images.is_dir() else [images]
+
+
+def _is_done(out: pathlib.Path, path: pathlib.Path) -> bool:
+    """Whether a picture has its result; ValueError if another one of its name does."""
+    result = _result(out, path)
+    if not result.exists():
+        return False
+    with result.open(encoding="utf-8") as file:
+        if json.dumps(path.name) not in file.read(4096):  # it begins with the picture's name
+            raise ValueError(f"{result} is not of {path.name}; choose another folder for --out.")
+    return True
 
 
 def _result(out: pathlib.Path, path: pathlib.Path) -> pathlib.Path:

@@ -201,6 +201,12 @@ def _track(
     from sam2jax.evaluation.vos import segment_videos, unfinished
 
     todo = unfinished(folders[-1], names)
+    if len(todo) < len(names):
+        typer.echo(
+            f"{len(names) - len(todo)} of {len(names)} videos have masks in {folders[-1]}, and are "
+            "passed over.",
+            err=True,
+        )
     if not todo:
         return
     failed = 0

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sam2jax.cli.prompts import ObjectPrompt, PromptTable, check_inside, read_prompts
-from sam2jax.cli.session import Checkpoint, ComputeType, DType, ImageSize, errors_told, load_model
+from sam2jax.cli.session import (
+    Checkpoint,
+    ComputeType,
+    DType,
+    ImageSize,
+    errors_told,
+    load_model,
+    refuse_overwriting,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,8 +70,7 @@ def segment(
 
         picture = read_image(image)
         check_inside(table, picture.shape[0], picture.shape[1], str(image))
-        if out is not None and out.exists() and out.samefile(image):
-            raise ValueError(f"{out} is the input; give --out another name.")
+        refuse_overwriting([image], {"--out": out, "--masks": masks})
         predictor = SAM2ImagePredictor(load_model(checkpoint, image_size, dtype))
         predictor.set_image(picture)
         found = _segment(predictor, table)

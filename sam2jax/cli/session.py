@@ -11,7 +11,7 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -69,6 +69,16 @@ def errors_told() -> Iterator[None]:
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from error
+
+
+def refuse_overwriting(
+    read: Iterable[pathlib.Path | None], written: Mapping[str, pathlib.Path | None]
+) -> None:
+    """Raises where an output, by the option that names it, is a file that is read."""
+    read = [path for path in read if path is not None and path.is_file()]
+    for option, path in written.items():
+        if path is not None and path.exists() and any(path.samefile(other) for other in read):
+            raise ValueError(f"{path} is the input; give {option} another name.")
 
 
 def make_folder(path: pathlib.Path) -> None:

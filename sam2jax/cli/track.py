@@ -7,7 +7,7 @@ import functools
 import itertools
 import pathlib
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,6 +35,7 @@ from sam2jax.cli.session import (
     errors_told,
     load_model,
     read_policy,
+    refuse_overwriting,
 )
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def track(
             prompts,
             *(p.mask for f in table.frames.values() for p in f.values()),
         ]
-        _refuse_overwriting(read, {"--out": out, "--masks": masks, "--explain": explain})
+        refuse_overwriting(read, {"--out": out, "--masks": masks, "--explain": explain})
         model, params = load_model(checkpoint, image_size, dtype, apply_postprocessing, memory=True)
 
         from sam2jax.cli.explain import Explainer
@@ -233,15 +234,6 @@ def _ended_by_interrupt(stream: Stream) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _refuse_overwriting(
-    read: Iterable[pathlib.Path | None], written: Mapping[str, pathlib.Path | None]
-) -> None:
-    read = [path for path in read if path is not None and path.is_file()]
-    for option, path in written.items():
-        if path is not None and path.exists() and any(path.samefile(other) for other in read):
-            raise ValueError(f"{path} is the input; give {option} another name.")
 
 
 def _open_sinks(

@@ -106,7 +106,8 @@ def track_all(
 
         index, count = find_process(os.environ, process_id, num_processes)
         tasks = read_list(videos)
-        _refuse_folder_of_videos(out, videos, {task.video.parent for task in tasks})
+        prompted = {t.prompts.parent for t in tasks if isinstance(t.prompts, pathlib.Path)}
+        _refuse_folder_of_videos(out, videos, {t.video.parent for t in tasks} | prompted)
         rules = read_policy(policy)
         given = point or box or prompts
         common = read_prompts(point or (), box or (), (), prompts) if given else None
@@ -144,6 +145,8 @@ def _refuse_folder_of_videos(
     """A result beside a video would be taken for its prompts, or replace its frames; a folder
     beside videos would be taken for one of them."""
     if any(folder.resolve() == out.resolve() for folder in folders):
-        raise ValueError(f"{out} holds videos of the list; choose another folder for --out.")
+        raise ValueError(
+            f"{out} holds videos or prompts of the list; choose another folder for --out."
+        )
     if videos.is_dir() and out.resolve().is_relative_to(videos.resolve()):
         raise ValueError(f"{out} is inside of {videos}; choose another folder for --out.")

@@ -72,8 +72,11 @@ def save_safetensors(
     """
     whole = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the library makes a file that only its owner reads
         try:
             safetensors.numpy.save_file(whole, temporary, {HEADER: header(config), **metadata})
+            temporary.chmod(mode)
         except safetensors.SafetensorError as error:  # of the disk, which it does not tell apart
             raise OSError(f"{path} cannot be written: {error}.") from error
 

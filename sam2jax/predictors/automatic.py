@@ -137,7 +137,8 @@ class SAM2AutomaticMaskGenerator:
             )
         if points_per_batch < 1:
             raise ValueError(f"points_per_batch must be at least 1, got {points_per_batch}.")
-        self.points_per_batch = points_per_batch
+        # Batches are filled up, so none is larger than there are points.
+        self.points_per_batch = min(points_per_batch, max(1, *map(len, self.point_grids)))
         self.pred_iou_thresh = pred_iou_thresh
         self.stability_score_thresh = stability_score_thresh
         self.stability_score_offset = stability_score_offset
@@ -357,6 +358,11 @@ def _check_grids(
 ) -> list[np.ndarray]:
     if (per_side is None) == (grids is None):
         raise ValueError("Give points_per_side or point_grids, and not both.")
+    if layers < 0 or downscale < 1 or (per_side is not None and per_side < 1):
+        raise ValueError(
+            "Expected points_per_side and crop_n_points_downscale_factor of at least 1 and "
+            f"crop_n_layers of at least 0, got {per_side}, {downscale} and {layers}."
+        )
     if grids is None:
         assert per_side is not None
         return point_grids(per_side, layers, downscale)

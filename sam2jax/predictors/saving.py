@@ -105,9 +105,11 @@ def load(
     except DAMAGE as error:
         raise _damaged(path) from error
     if size != header["video"]["size"] or state.clip_length != header["clip_length"]:
+        most = config.max_obj_ptrs_in_encoder
         raise ValueError(
-            f"{path} is a session on another video, of height and width "
-            f"{header['video']['size']}; got {size}."
+            f"{path} is a session on another video, of height and width {header['video']['size']} "
+            f"and {header['clip_length']} frames ({most}: or more); got {size} and "
+            f"{state.clip_length}."
         )
     state.objects.update(objects)
     state.version += 1

@@ -25,7 +25,7 @@ from sam2jax.predictors.programs import Record
 from sam2jax.predictors.prompting import NO_POINTS, answer
 from sam2jax.predictors.propagation import Propagation, frames_at_once
 from sam2jax.predictors.session import History, InferenceState, ObjectHistory
-from sam2jax.tracking.state import require_memory
+from sam2jax.tracking.state import check_policy, require_memory
 
 # Options of the predictor itself; all others belong to the model's configuration.
 PREDICTOR_OPTIONS = (
@@ -65,6 +65,7 @@ class SAM2VideoPredictor:
         add_all_frames_to_correct_as_cond: bool = False,
         policy: MemoryPolicy = SAM2_POLICY,
     ) -> None:
+        check_policy(policy)
         self.model = model
         self.params = prepare_params(model, params)
         self.non_overlap_masks = non_overlap_masks

@@ -96,6 +96,10 @@ def track(
     num_frames = frames.shape[0]
     _check_frames_at_once(num_frames, frames_at_once)
     if isinstance(prompts, Mapping):
+        if state is None and not any(0 <= frame < num_frames for frame in prompts):
+            raise ValueError(
+                f"None of the prompted frames {list(prompts)} is one of the clip's {num_frames}."
+            )
         prompts = ClipPrompts.make(prompts)
     if state is None:
         one, room = _of_a_frame(prompts)

@@ -66,6 +66,7 @@ def init_state(
       ValueError: a number is out of range, or the model is for images only.
     """
     require_memory(model.config)
+    check_policy(policy)
     if num_objects < 1 or max_cond_frames < 1:
         raise ValueError(
             "num_objects and max_cond_frames must be at least 1, got "
@@ -88,8 +89,14 @@ def init_state(
     )
 
 
+def check_policy(policy: Any) -> None:
+    if not isinstance(policy, MemoryPolicy):
+        raise TypeError(f"Expected a policy (see sam2jax.memory), got {type(policy).__name__}.")
+
+
 def check_state(config: SAM2Config, state: TrackState, policy: MemoryPolicy) -> None:
     """The state was made for this model; cheap, as it is done for every frame."""
+    check_policy(policy)
     if not isinstance(state, TrackState):
         raise TypeError(f"Expected a TrackState (see init_state), got {type(state).__name__}.")
     expected = (config.num_recent + policy.room.recent, config.feature_size**2, config.mem_dim)
