@@ -186,6 +186,22 @@ def test_projected_and_rotated_in_one_is_that_in_two(monkeypatch, room):
         np.testing.assert_allclose(found.astype("float32"), exact, atol=bound)
 
 
+@pytest.mark.parametrize(
+    "width, features, positions, room, fits",
+    [
+        (64, 256, 4096, 64, True),
+        (192, 32, 64, 0, True),
+        (96, 64, 64, 0, False),
+        (64, 96, 64, 0, False),
+        (64, 16, 64, 0, False),
+        (64, 64, 36, 0, False),
+        (64, 64, 64, 32, False),
+    ],
+)
+def test_which_sizes_are_rotated_in_one(width, features, positions, room, fits):
+    assert flash.can_rotate(jnp.zeros((width, features)), positions, room) is fits
+
+
 def test_a_jax_without_the_kernels_language_takes_blocks(monkeypatch):
     assert attention_ops.kernels_of_gpus().flash_attention is flash_attention
     monkeypatch.setitem(sys.modules, "sam2jax.ops.flash", None)

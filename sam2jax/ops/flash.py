@@ -299,9 +299,12 @@ def _wide(x: Array) -> Array:
     return x.astype(jnp.float32)
 
 
-def can_rotate(width: int, positions: int, room: int) -> bool:
-    """Whether `project_and_rotate` takes inputs of that width: it does not fill blocks up."""
-    return width % CHANNELS == positions % ROWS == room % ROWS == 0
+def can_rotate(kernel: Array, positions: int, room: int) -> bool:
+    """Whether `project_and_rotate` takes these sizes: it does not fill blocks up."""
+    width, pairs = kernel.shape[0], kernel.shape[1] // 2
+    return width % CHANNELS == positions % ROWS == room % ROWS == 0 and (
+        pairs == power_of_two(pairs) >= LEAST
+    )
 
 
 def project_and_rotate(
@@ -348,7 +351,7 @@ def project_and_rotate(
         compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
         interpret=interpret,
         name="project_and_rotate",
-    )(x, kernel.astype(x.dtype), bias, cos, sin)
+    )(x, kernel.astype(x.dtype), bias.astype(x.dtype), cos, sin)
 
 
 def _rotated_kernel(blocks: int, x_ref, kernel_ref, bias_ref, cos_ref, sin_ref, out_ref) -> None:

@@ -72,7 +72,7 @@ def project_and_rotate(
     """
     x, (cos, sin) = x.astype(dtype), map(jnp.asarray, table)
     kernels = kernels_of_gpus() if in_one and dtype == jnp.bfloat16 else None
-    if kernels is None or not kernels.can_rotate(x.shape[-1], len(cos), room):
+    if kernels is None or not kernels.can_rotate(kernel, len(cos), room):
         return _project_then_rotate(x, kernel, bias, cos, sin, room)
     return _project_and_rotate(x, kernel, bias, cos, sin, room)
 
