@@ -85,13 +85,6 @@ def test_the_same_script(media: pathlib.Path, model: tuple[str, int], name: str)
     point = arrays(SCRIPT["point"])
     earlier = theirs.predict(**point)[2]
     for what, given in {
-        "crops with empty masks": {
-            "crop_n_layers": 1,
-            "crop_n_points_downscale_factor": 2,
-            "mask_threshold": 6.0,
-            "pred_iou_thresh": 0.0,
-            "stability_score_thresh": 0.0,
-        },
         "fed back": {**point, "mask_input": earlier[:1]},
         "fed back alone": {"mask_input": earlier[1:2], "multimask_output": False},
         "boxes fed back": {"box": np.float32(BOXES), "mask_input": earlier[:1]},
@@ -144,6 +137,13 @@ GENERATIONS: dict[str, dict[str, Any]] = {
         "crop_n_points_downscale_factor": 2,
         "output_mode": "coco_rle",
         "crop_nms_thresh": 0.5,
+    },
+    "crops with empty masks": {
+        "crop_n_layers": 1,
+        "crop_n_points_downscale_factor": 2,
+        "mask_threshold": 6.0,
+        "pred_iou_thresh": 0.0,
+        "stability_score_thresh": 0.0,
     },
     "fed back": {"use_m2m": True, "stability_score_thresh": 0.3},
     "one mask each": {"multimask_output": False},
