@@ -233,9 +233,8 @@ class SAM2AutomaticMaskGenerator:
         size = canvas.size
         stability, boxes = self._measure(logits, passed, canvas)
         x0, y0, x1, y1 = box
-        boxes = np.where(
-            np.any(boxes, axis=1, keepdims=True), boxes, (x0, y0, x0, y0)
-        )  # empty ones
+        # Boxes of empty masks are the crop's corner, as they are officially.
+        boxes = np.where(np.any(boxes, axis=1, keepdims=True), boxes, (x0, y0, x0, y0))
         keep = ~near_crop_edge(boxes, box, size)
         if self.stability_score_thresh > 0:
             keep &= stability >= self.stability_score_thresh

@@ -141,7 +141,7 @@ GENERATIONS: dict[str, dict[str, Any]] = {
     "crops with empty masks": {
         "crop_n_layers": 1,
         "crop_n_points_downscale_factor": 2,
-        "mask_threshold": 6.0,
+        "mask_threshold": 50.0,
         "pred_iou_thresh": 0.0,
         "stability_score_thresh": 0.0,
     },
