@@ -17,7 +17,7 @@ from tests.test_tracking import MODEL, TWO, assert_same, clip
 FRAMES = 16
 # Another order of sums may take a memory's value to the bfloat16 next to it, for as long as the
 # memory stays.
-ROUNDING = 1e-4
+ROUNDING = 5e-5
 SPLIT = """
 import sys
 
