@@ -156,7 +156,7 @@ def test_attention_to_each_other_is_that_of_heads(side, window, pool, heads, cha
 @pytest.mark.parametrize("room", [0, 128])
 def test_projected_and_rotated_in_one_is_that_in_two(monkeypatch, room):
     """Several maps in a row, several blocks of a map, of channels and of room."""
-    table = rope_table(16, 64, 10000.0, 0.5)
+    table = rope_table(16, 64, 10000.0)
     given = normal(0, 2, 512, 128), normal(1, 128, 64) / 8, normal(2, 64)
     narrow = given[0].astype(jnp.bfloat16), given[1].astype(jnp.bfloat16), given[2]
     in_one = functools.partial(flash.project_and_rotate, interpret=True)
@@ -166,10 +166,10 @@ def test_projected_and_rotated_in_one_is_that_in_two(monkeypatch, room):
     )
 
     def run(dtype, *given):
-        return project_and_rotate(*given, table, jnp.dtype(dtype), room=room)
+        return project_and_rotate(*given, table, jnp.dtype(dtype), scale=0.5, room=room)
 
     maps = (given[0] @ given[1] + given[2].reshape(1, 1, -1)).reshape(2, 2, 256, 64)
-    expected = rotate(maps, table).reshape(2, 512, 64)
+    expected = 0.5 * rotate(maps, table).reshape(2, 512, 64)
     for found, atol in ((run("float32", *given), 2e-5), (run("bfloat16", *narrow), 0.1)):
         assert found.shape == (2, 512 + room, 64)
         np.testing.assert_allclose(found[:, :512].astype("float32"), expected, atol=atol)

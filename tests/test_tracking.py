@@ -48,9 +48,9 @@ FIRST = click((30, 18))
 TWO = Prompts.make(points=[[(30, 18)], None], boxes=[None, (5, 5, 40, 30)])
 
 
-def assert_same(one: sam2jax.FrameOutput, other: sam2jax.FrameOutput, atol: float = 1e-5) -> None:
+def assert_same(one: sam2jax.FrameOutput, other: sam2jax.FrameOutput) -> None:
     """Within rounding, with the same discrete choices."""
-    chex.assert_trees_all_close(one, other, atol=atol, rtol=1e-5)
+    chex.assert_trees_all_close(one, other, atol=1e-5, rtol=1e-5)
     chex.assert_trees_all_equal(one.memory_frames, other.memory_frames)
     chex.assert_trees_all_equal(one.pointer_frames, other.pointer_frames)
     np.testing.assert_array_equal(one.masks > 0, other.masks > 0)

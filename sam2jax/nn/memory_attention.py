@@ -90,7 +90,7 @@ class RoPEAttention(nn.Module):
         sizes, dtype = self.config.memory_attention, jnp.dtype(self.config.dtype)
         kernel, bias = self._in_pairs(projection)
         heads, width = sizes.num_heads, kernel.shape[-1] // sizes.num_heads
-        table = rope_table(self.config.feature_size, width, sizes.rope_theta, scale)
+        table = rope_table(self.config.feature_size, width, sizes.rope_theta)
         rotated = [
             project_and_rotate(
                 x,
@@ -98,6 +98,7 @@ class RoPEAttention(nn.Module):
                 bias[head],
                 table,
                 dtype,
+                scale=scale,
                 room=room,
                 in_one=self.config.kernels,
             )

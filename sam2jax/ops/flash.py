@@ -313,6 +313,7 @@ def project_and_rotate(
     bias: Array,
     cos: Array,
     sin: Array,
+    scale: float = 1.0,
     room: int = 0,
     *,
     interpret: bool = False,
@@ -323,6 +324,7 @@ def project_and_rotate(
       x: [B, maps * P, I] bfloat16.
       kernel: [I, d], in `split_pairs` order, as is `bias`: [d].
       cos: [P, d / 2], as is `sin`.
+      scale: of the result.
       room: zeros that follow each row.
       interpret: run it as JAX, on any device.
 
@@ -336,7 +338,7 @@ def project_and_rotate(
         return pl.BlockSpec((ROWS, pairs), lambda b, i: (lax.rem(i, jnp.int32(period)), 0))
 
     return pl.pallas_call(
-        functools.partial(_rotated_kernel, blocks),
+        functools.partial(_rotated_kernel, blocks, scale),
         grid=(batch, blocks + room // ROWS),
         in_specs=[
             pl.BlockSpec((None, ROWS, width), lambda b, i: (b, jnp.minimum(i, blocks - 1), 0)),
@@ -354,7 +356,9 @@ def project_and_rotate(
     )(x, kernel.astype(x.dtype), bias.astype(x.dtype), cos, sin)
 
 
-def _rotated_kernel(blocks: int, x_ref, kernel_ref, bias_ref, cos_ref, sin_ref, out_ref) -> None:
+def _rotated_kernel(
+    blocks: int, scale: float, x_ref, kernel_ref, bias_ref, cos_ref, sin_ref, out_ref
+) -> None:
     pairs = cos_ref.shape[1]
     halves = pl.ds(0, pairs), pl.ds(pairs, pairs)  # first and second members of pairs
 
@@ -371,4 +375,4 @@ def _rotated_kernel(blocks: int, x_ref, kernel_ref, bias_ref, cos_ref, sin_ref, 
     inside = pl.program_id(1) < blocks
     rotated = first * cos - second * sin, first * sin + second * cos
     for half, members in zip(halves, rotated, strict=True):
-        out_ref[:, half] = jnp.where(inside, members, 0.0).astype(out_ref.dtype)
+        out_ref[:, half] = jnp.where(inside, members * scale, 0.0).astype(out_ref.dtype)

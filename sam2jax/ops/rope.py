@@ -22,15 +22,12 @@ from sam2jax.types import Array
 
 
 @functools.lru_cache(maxsize=16)
-def rope_table(
-    size: int, dim: int, theta: float, scale: float = 1.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """`scale` times cosines and sines [size * size, dim / 2] for a square map, row by row."""
+def rope_table(size: int, dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines [size * size, dim / 2] for a square map, row by row."""
     freqs = 1.0 / theta ** (np.arange(0, dim, 4, dtype=np.float32)[: dim // 4] / dim)
     y, x = np.divmod(np.arange(size * size), size)
     angles = np.concatenate([np.outer(x, freqs), np.outer(y, freqs)], axis=-1).astype(np.float32)
-    factor = np.float32(scale)
-    return factor * np.cos(angles), factor * np.sin(angles)
+    return np.cos(angles), np.sin(angles)
 
 
 def split_pairs(kernel: Array, num_heads: int) -> Array:
@@ -54,6 +51,7 @@ def project_and_rotate(
     table: tuple[np.ndarray, np.ndarray],
     dtype: jnp.dtype,
     *,
+    scale: float = 1.0,
     room: int = 0,
     in_one: bool = True,
 ) -> Array:
@@ -64,6 +62,7 @@ def project_and_rotate(
       kernel: [I, d], and bias: [d].
       table: for P positions.
       dtype: to compute in.
+      scale: of the result.
       room: zeros that follow each row.
       in_one: in bfloat16 it is one kernel on NVIDIA GPUs.
 
@@ -73,29 +72,31 @@ def project_and_rotate(
     x, (cos, sin) = x.astype(dtype), map(jnp.asarray, table)
     kernels = kernels_of_gpus() if in_one and dtype == jnp.bfloat16 else None
     if kernels is None or not kernels.can_rotate(kernel, len(cos), room):
-        return _project_then_rotate(x, kernel, bias, cos, sin, room)
-    return _project_and_rotate(x, kernel, bias, cos, sin, room)
+        return _project_then_rotate(x, kernel, bias, cos, sin, scale, room)
+    return _project_and_rotate(x, kernel, bias, cos, sin, scale, room)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _project_and_rotate(x: Array, kernel: Array, bias: Array, cos: Array, sin: Array, room: int):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _project_and_rotate(
+    x: Array, kernel: Array, bias: Array, cos: Array, sin: Array, scale: float, room: int
+) -> Array:
     ways = {"cuda": kernels_of_gpus().project_and_rotate, "default": _project_then_rotate}
-    ways = {platform: functools.partial(way, room=room) for platform, way in ways.items()}
+    ways = {name: functools.partial(way, scale=scale, room=room) for name, way in ways.items()}
     return lax.platform_dependent(x, kernel, bias, cos, sin, **ways)
 
 
 _project_and_rotate.defvjp(
     lambda *given: (_project_and_rotate(*given), given[:5]),
-    lambda room, given, gradient: jax.vjp(
-        functools.partial(_project_then_rotate, room=room), *given
+    lambda scale, room, given, gradient: jax.vjp(
+        functools.partial(_project_then_rotate, scale=scale, room=room), *given
     )[1](gradient),
 )
 
 
 def _project_then_rotate(
-    x: Array, kernel: Array, bias: Array, cos: Array, sin: Array, room: int
+    x: Array, kernel: Array, bias: Array, cos: Array, sin: Array, scale: float, room: int
 ) -> Array:
     batch, rows, width = x.shape
     y = linear(x.reshape(batch, -1, len(cos), width), kernel, bias, x.dtype)
-    y = rotate(y, (cos, sin)).reshape(batch, rows, -1)
+    y = (rotate(y, (cos, sin)) * scale).reshape(batch, rows, -1)
     return jnp.pad(y, ((0, 0), (0, room), (0, 0)))
