@@ -1,6 +1,7 @@
 """The smallest of each benchmark: that it runs, and what it counts; never its seconds."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -63,9 +64,16 @@ def test_ours_alone(results, section):
         assert four < 1.05 * two
 
 
-def test_ways_of_attention_are_timed_and_compared():
-    (row,) = kernels.rows({"small": (2, 24, 40, 16, 8)}, turns=2, runs=1)
-    assert row["way"] == "blocks" and row["seconds"] > 0
+@pytest.mark.parametrize(
+    "make, shape, way",
+    [
+        (kernels.attention_problem, (2, 24, 40, 16, 8), "blocks"),
+        (kernels.linear_problem, (40, 16, 8), "xla"),
+    ],
+)
+def test_ways_to_compute_are_timed_and_compared(make, shape, way):
+    (row,) = kernels.rows({"small": lambda: make(shape)}, often=(2, 1))
+    assert row["way"] == way and row["seconds"] > 0
     assert row["error"] < 0.02
 
 
@@ -83,7 +91,8 @@ def test_the_candidate_for_hopper_attends(queries, keys, channels, width, length
 
     from benchmarks import hopper
 
-    query, key, value, _ = kernels.problem((2, queries, keys, channels, width))
+    problem = kernels.attention_problem((2, queries, keys, channels, width))
+    query, key, value, _ = problem.given
     length = jnp.array(lengths, jnp.int32)
     interpreter = InterpretGPUParams(detect_races=True)
     out, log_sum = hopper.flash_attention(query, key, value, length, interpret=interpreter)
@@ -93,3 +102,35 @@ def test_the_candidate_for_hopper_attends(queries, keys, channels, width, length
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=2e-2)
     full = np.asarray(lengths) > 0
     np.testing.assert_allclose(log_sum[full], expected_sum[full], atol=1e-4)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its interpreter is of JAX 0.11")
+@pytest.mark.parametrize(
+    "rows, width, wide, programs",
+    [
+        (256, 144, 192, 132),  # a tile for each program
+        (384, 192, 256, 1),  # one has all six, three a warpgroup
+        (640, 128, 32, 3),  # they have two and one
+        (128, 96, 96, 132),  # a warpgroup has none
+    ],
+)
+def test_the_candidate_for_linear_layers(monkeypatch, rows, width, wide, programs):
+    from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+
+    from benchmarks import hopper_linear
+
+    monkeypatch.setattr(hopper_linear, "PROGRAMS", programs)
+    given, *_ = kernels.linear_problem((rows, width, wide))
+    out = hopper_linear.linear_gelu(*given, interpret=InterpretGPUParams(detect_races=True))
+    x, kernel, bias = (t.astype(jnp.float32) for t in given)
+    expected = jax.nn.gelu(jnp.dot(x, kernel, precision="highest") + bias[None], approximate=False)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=2**-7, atol=1e-6)
+
+
+def test_the_candidates_gelu_is_exact():
+    from benchmarks import hopper_linear
+
+    x = jnp.linspace(-12, 12, 10_001)
+    exact = [0.5 * v * math.erfc(-v / math.sqrt(2)) for v in x.tolist()]
+    np.testing.assert_allclose(hopper_linear.gelu(x), exact, rtol=1e-6, atol=4e-7)
