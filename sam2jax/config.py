@@ -96,6 +96,9 @@ class SAM2Config:
     fill_hole_area: int = 8  # largest hole, in pixels of the S/4 mask, that is filled; 0: none
     max_cond_frames_in_attn: int = -1  # -1: all that the bank holds
     memory_temporal_stride_for_eval: int = 1
+    # Not official: squares of so many by so many cells of a spatial memory are attended to as one,
+    # with the mean of their keys and values (EfficientTAM, arXiv 2411.18933). 1: each cell.
+    memory_pooling: int = 1
     only_obj_ptrs_in_the_past_for_eval: bool = True  # training also reads those ahead
     multimask_min_pt_num: int = 0
     multimask_max_pt_num: int = 1
@@ -120,6 +123,11 @@ class SAM2Config:
             raise ValueError(
                 "memory_temporal_stride_for_eval must be at least 1, got "
                 f"{self.memory_temporal_stride_for_eval}."
+            )
+        if self.memory_pooling < 1 or self.feature_size % self.memory_pooling:
+            raise ValueError(
+                f"memory_pooling must divide the {self.feature_size} cells of a memory's side, got "
+                f"{self.memory_pooling}."
             )
         if self.objects_at_once < 1:
             raise ValueError(f"objects_at_once must be at least 1, got {self.objects_at_once}.")

@@ -23,6 +23,7 @@ OPTIONS = (  # what can be chosen for a model that is already trained
     "fill_hole_area",
     "max_cond_frames_in_attn",
     "memory_temporal_stride_for_eval",
+    "memory_pooling",
     "multimask_min_pt_num",
     "multimask_max_pt_num",
     "objects_at_once",

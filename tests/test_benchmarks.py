@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import kernels, timing
+from benchmarks import kernels, pooling, timing
 from benchmarks.timing import compare
+from sam2jax.config import NANO
 from sam2jax.ops.attention import _online
 from sam2jax.tracking import step
 
@@ -62,6 +63,17 @@ def test_ours_alone(results, section):
     if section == "memory":  # of one program, whatever the length of the clip
         two, four = (row["ours"] for row in rows[1:3])
         assert four < 1.05 * two
+
+
+@pytest.mark.slow
+def test_pooled_memories_are_timed_and_scored():
+    rows = pooling.speed(NANO, runs=1)
+    assert [row.name for row in rows] == [
+        f"{what}, {side} x {side}" for side in (2, 4) for what in ("attention to 7", "frame")
+    ]
+    scores = pooling.accuracy(1)
+    for by_side in scores.values():  # one, two, and four cells a side
+        assert by_side[1] > by_side[4] > 0
 
 
 @pytest.mark.parametrize(

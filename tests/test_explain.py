@@ -12,8 +12,7 @@ from PIL import Image
 import sam2jax
 from sam2jax import memory
 from sam2jax.io.timeline import Looked, heat_maps, looked_at, ramp, timeline
-from sam2jax.nn.memory_attention import WATCHED, MemoryTokens, RoPEAttention, place_after
-from sam2jax.ops.attention import attention
+from sam2jax.nn.memory_attention import WATCHED, MemoryTokens, RoPEAttention
 from sam2jax.testing import random_params
 from tests.clips import write_folder
 from tests.test_cli import commands_in_an_empty_folder, write_checkpoint
@@ -22,25 +21,29 @@ from tests.test_tracking import CONFIG, MODEL, TWO, assert_same, clip
 LENGTH = 6
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-def test_the_mass_is_that_of_the_weights(heads):
-    """Attending to values that name their memory gives what each memory received."""
+@pytest.mark.parametrize("heads, pooling", [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_memories_are_attended_to_and_told_what_they_received(heads, pooling):
+    """Beside one softmax over all that is valid, written out; a square of cells counts for all."""
     options = dataclasses.replace(CONFIG.memory_attention, num_heads=heads)
-    config = dataclasses.replace(CONFIG, memory_attention=options)
-    slots, pointers, cells = 3, 2, config.feature_size**2
+    config = dataclasses.replace(CONFIG, memory_attention=options, memory_pooling=pooling)
+    slots, pointers, side = 3, 2, config.feature_size
+    cells, pieces, width = side**2, config.pointer_tokens, config.mem_dim
     keys = jax.random.split(jax.random.key(0), 6)
 
     def draw(key, *shape):
         return 3 * jax.random.normal(key, (2, *shape))
 
-    pieces = config.pointer_tokens
+    spatial, place = (draw(key, slots, cells, width) for key in keys[:2])
+    pointed, position = (draw(key, pointers * pieces, width) for key in keys[2:4])
+    counts = (3, 1), (2, 2)  # of an object: memories, pointers
     tokens = MemoryTokens.make(
-        draw(keys[0], slots, cells, config.mem_dim),
-        draw(keys[1], slots, cells, config.mem_dim),
+        spatial,
+        place,
         jnp.array([3, 2]),
-        draw(keys[2], pointers * pieces, config.mem_dim),
-        draw(keys[3], pointers * pieces, config.mem_dim),
+        pointed,
+        position,
         jnp.array([1, 2]) * pieces,
+        pooling=pooling,
     )
     x = draw(keys[4], cells, config.hidden_dim)
     box = RoPEAttention(config, config.mem_dim)
@@ -49,27 +52,50 @@ def test_the_mass_is_that_of_the_weights(heads):
     out, told = box.apply(variables, x, tokens, method="attend_memory", mutable=[WATCHED])
     plain = box.apply(variables, x, tokens, method="attend_memory")
     np.testing.assert_allclose(out, plain, atol=1e-6)
-    ((spatial, pointed),) = told[WATCHED]["mass"]
+    ((spatial_mass, pointer_mass),) = told[WATCHED]["mass"]
 
-    def named(box, x, tokens):
-        """[N, HW, K + Q], a head at a time."""
+    def pooled(maps):
+        """[K * HW, C] -> [K, cells, C]."""
+        squares = maps.reshape(
+            -1, side // pooling, pooling, side // pooling, pooling, maps.shape[-1]
+        )
+        return squares.mean((2, 4)).reshape(slots, -1, maps.shape[-1])
+
+    def written_out(box, x):
         query, key = box._query(x), box._rotated(tokens.spatial_keys, box.k_proj)
         kernel, bias = box._in_pairs(box.k_proj)
-        pointed = tokens.pointer_keys @ kernel + bias.reshape(1, 1, -1)
-        key = place_after(key, pointed, tokens.spatial_length)
-        names = jnp.repeat(jnp.eye(slots + pointers)[:slots], cells, axis=0)
-        tail = jnp.repeat(jnp.eye(slots + pointers)[slots:], pieces, axis=0)
-        value = place_after(jnp.stack([names] * 2), jnp.stack([tail] * 2), tokens.spatial_length)
-        width = query.shape[-1] // heads
-        parts = [slice(h * width, (h + 1) * width) for h in range(heads)]
-        return sum(
-            attention(query[..., p], key[..., p], value, length=tokens.length, scale=1.0)
-            for p in parts
-        ) / len(parts)
+        pointed_key = tokens.pointer_keys @ kernel + bias.reshape(1, 1, -1)
+        value_kernel, value_bias = box.v_proj()
+        each = query.shape[-1] // heads
+        for n, (memories, held) in enumerate(counts):
+            parts, masses = [], []
+            for h in range(heads):
+                part = slice(h * each, (h + 1) * each)
+                key_maps = pooled(key[n][:, part])[:memories].reshape(-1, each)
+                all_keys = jnp.concatenate([key_maps, pointed_key[n, : held * pieces, part]])
+                maps = pooled(spatial[n].reshape(-1, width))[:memories].reshape(-1, width)
+                values = jnp.concatenate([maps, pointed[n, : held * pieces]])
+                heavier = jnp.arange(len(values)) < len(maps)
+                bias = jnp.where(heavier, 2 * np.log(pooling), 0.0)
+                weights = jax.nn.softmax(query[n][:, part] @ all_keys.T + bias[None], axis=-1)
+                parts.append(weights @ (values @ value_kernel[:, part] + value_bias[None, part]))
+                of_maps, of_pointers = weights[:, : len(maps)], weights[:, len(maps) :]
+                masses.append(
+                    (
+                        of_maps.reshape(cells, memories, -1).sum(-1),
+                        of_pointers.reshape(cells, held, -1).sum(-1),
+                    )
+                )
+            answer = box.out_proj(jnp.concatenate(parts, axis=-1))
+            yield answer, *(jnp.stack(m).mean(0).T for m in zip(*masses, strict=True))
 
-    expected = jnp.moveaxis(box.apply(variables, x, tokens, method=named), -1, 1)
-    np.testing.assert_allclose(spatial, expected[:, :slots], atol=1e-5)
-    np.testing.assert_allclose(pointed, expected[:, slots:], atol=1e-5)
+    found = box.apply(variables, x, method=lambda box, x: list(written_out(box, x)))
+    for n, (answer, maps, pointer) in enumerate(found):
+        np.testing.assert_allclose(out[n], answer, atol=2e-5)
+        np.testing.assert_allclose(spatial_mass[n, : len(maps)], maps, atol=1e-5)
+        np.testing.assert_allclose(pointer_mass[n, : len(pointer)], pointer, atol=1e-5)
+        assert not spatial_mass[n, len(maps) :].any()
+        assert not pointer_mass[n, len(pointer) :].any()
 
 
 @pytest.mark.slow

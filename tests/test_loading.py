@@ -181,6 +181,8 @@ def test_unknown_options_are_named(saved: pathlib.Path):
         ({"image_size": 1000}, "multiple of 32"),
         ({"dtype": "float16"}, "dtype must be"),
         ({"fill_hole_area": -1}, "must not be negative"),
+        ({"memory_pooling": 5}, "must divide the .* cells of a memory's side, got 5"),
+        ({"memory_pooling": 0}, "must divide"),
     ],
 )
 def test_impossible_values_are_refused(saved: pathlib.Path, options: dict, words: str):

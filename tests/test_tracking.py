@@ -1,5 +1,6 @@
 """The tracker: one step in all its forms, prompts, directions, and what it costs."""
 
+import dataclasses
 import functools
 
 import chex
@@ -207,6 +208,19 @@ def test_refinement_feeds_back_an_earlier_answer(params):
         answers.append(answer.iou[0])
     assert abs(answers[0] - answers[1]) > 1e-4
     assert refined.bank.cond_frame[0].tolist() == [0]  # a corrected frame is not conditioning
+
+
+def test_memories_may_be_read_pooled(params):
+    """What is written stays whole, so that only frames that read memory are answered otherwise."""
+    frames = clip(LENGTH)
+    pooling = sam2jax.SAM2(dataclasses.replace(CONFIG, memory_pooling=2))
+    _, whole = sam2jax.track(MODEL, params, frames, TWO)
+    state, pooled = sam2jax.track(pooling, params, frames, TWO)
+    assert bool(jnp.all(pooled.finite))
+    np.testing.assert_array_equal(pooled.memory_frames, whole.memory_frames)
+    difference = jnp.max(jnp.abs(pooled.masks - whole.masks), axis=(1, 2, 3))
+    assert difference[0] < 1e-5 and jnp.all(difference[1:] > 1e-3)
+    assert state.bank.recent_spatial.shape[-2] == CONFIG.feature_size**2
 
 
 def test_bfloat16_computes_and_answers_in_float32(params):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax import lax
 from sam2jax.config import SAM2Config
 from sam2jax.nn.layers import LayerNorm, Linear, Projection, dropout
 from sam2jax.ops.attention import MASKED, attention, fold_heads
+from sam2jax.ops.conv import average_pool
 from sam2jax.ops.linear import einsum, linear
 from sam2jax.ops.position import sine_2d
 from sam2jax.ops.rope import project_and_rotate, rope_table, split_pairs
@@ -28,7 +30,10 @@ class MemoryTokens(Tree):
 
     spatial_keys: Array  # [N, K * HW, D] spatial memories with their positions, valid ones first
     pointer_keys: Array  # [N, Q, D] pointer tokens with their positions, valid ones first
-    values: Array  # [N, K * HW + Q, D] both without positions, the valid ones at the front
+    # Both without positions, the valid ones at the front: [N, K * HW + Q, D]. With cells pooled in
+    # squares of P: [N, K * HW / P + Q, D + 1], times the share that each has of a cell's weight,
+    # and that share behind them.
+    values: Array
     spatial_length: Array  # [N] int32, how many spatial tokens are valid
     length: Array  # [N] int32, how many tokens are valid in all
 
@@ -43,25 +48,38 @@ class MemoryTokens(Tree):
         num_pointers: Array,  # [N] int32, valid tokens
         spatial_scale: Array | None = None,  # [N, K] of keys
         pointer_scale: Array | None = None,  # [N, Q] of keys
+        pooling: int = 1,  # side of the squares of cells that are one
     ) -> MemoryTokens:
         count, slots, cells, width = spatial.shape
-        spatial_length = num_spatial * cells
+        spatial_length = num_spatial * (cells // pooling**2)
         spatial_keys, pointer_keys = spatial + spatial_position, pointers + pointer_position
         if spatial_scale is not None:
             spatial_keys = spatial_keys * spatial_scale[:, :, None, None]
         if pointer_scale is not None:
             pointer_keys = pointer_keys * pointer_scale[:, :, None]
+        values = spatial.reshape(count, slots * cells, width).astype(pointers.dtype)
+        if pooling > 1:
+            values = _with_share(pool_squares(values, cells, pooling), 1.0)
+            pointers = _with_share(pointers, pooling**-2)
         return cls(
             spatial_keys=spatial_keys.reshape(count, slots * cells, width),
             pointer_keys=pointer_keys,
-            values=place_after(
-                spatial.reshape(count, slots * cells, width).astype(pointers.dtype),
-                pointers,
-                spatial_length,
-            ),
+            values=place_after(values, pointers, spatial_length),
             spatial_length=spatial_length,
             length=spatial_length + num_pointers,
         )
+
+
+def pool_squares(x: Array, cells: int, pooling: int) -> Array:
+    """Maps of `cells`, one behind another, averaged over squares of cells: [N, K * HW, C] ->
+    [N, K * HW / pooling**2, C]."""
+    count, side = x.shape[0], math.isqrt(cells)
+    maps = x.reshape(-1, side, side, x.shape[-1])
+    return average_pool(maps, pooling).reshape(count, -1, x.shape[-1])
+
+
+def _with_share(x: Array, share: float) -> Array:
+    return jnp.pad(x * share, ((0, 0), (0, 0), (0, 1)), constant_values=share)
 
 
 class RoPEAttention(nn.Module):
@@ -131,6 +149,8 @@ class RoPEAttention(nn.Module):
             scale=1.0,
             kernel=self.config.kernels,
         )
+        if out.shape[-1] > self.in_features:  # shares of weight behind the values
+            out = out[..., :-1].astype(jnp.float32) / out[..., -1:].astype(jnp.float32)
         out = out.reshape(-1, heads, *out.shape[1:])
         kernel, bias = kernel.reshape(self.in_features, heads, -1), bias.reshape(heads, -1)
         projected = [linear(out[:, h], kernel[:, h], bias[h], dtype) for h in range(heads)]
@@ -150,7 +170,11 @@ class RoPEAttention(nn.Module):
         pointers = linear(
             memory.pointer_keys, *self._in_pairs(self.k_proj), jnp.dtype(self.config.dtype)
         )
-        keys = self._rotated(memory.spatial_keys, self.k_proj, room=pointers.shape[1])
+        pooling, room = self.config.memory_pooling, pointers.shape[1]
+        keys = self._rotated(memory.spatial_keys, self.k_proj, room=room if pooling == 1 else 0)
+        if pooling > 1:
+            keys = pool_squares(keys, x.shape[1], pooling)
+            keys = jnp.pad(keys, ((0, 0), (0, room), (0, 0)))
         if self.is_mutable_collection(WATCHED) and not self.is_initializing():
             self.sow(WATCHED, "mass", self._mass(query, keys, pointers, memory))
         keys = place_in(keys, pointers, memory.spatial_length)
@@ -163,6 +187,8 @@ class RoPEAttention(nn.Module):
         [N, Q, HW]. Computed a memory at a time, as the weights of all would not fit."""
         heads, (count, cells, width) = self.config.memory_attention.num_heads, query.shape
         query = query.reshape(count, cells, heads, -1)
+        pooled = self.config.memory_pooling**2
+        cells //= pooled
         keys = keys[:, : keys.shape[1] - pointers.shape[1]].reshape(count, -1, cells, width)
 
         def received(key: Array, valid: Array) -> Array:
@@ -176,6 +202,7 @@ class RoPEAttention(nn.Module):
         starts = jnp.arange(slots, dtype=jnp.int32) * cells
         valid = starts[:, None, None] < memory.spatial_length[None, :, None]
         spatial = jax.lax.map(lambda item: received(*item), (jnp.moveaxis(keys, 1, 0), valid))
+        spatial = spatial + math.log(pooled)
         pieces = self.config.pointer_tokens
         grouped = jnp.moveaxis(
             pointers.reshape(len(pointers), -1, pieces, pointers.shape[-1]), 1, 0

@@ -101,6 +101,7 @@ class SAM2(nn.Module):
             memory.num_pointers * pieces,
             memory.spatial_scale,
             pointer_scale,
+            config.memory_pooling,
         )
         return self.memory_attention(features, tokens)
 

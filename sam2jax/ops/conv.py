@@ -209,6 +209,13 @@ def max_pool_2x2(x: Array) -> Array:
     return jnp.max(x.reshape(batch, height // 2, 2, width // 2, 2, channels), axis=(2, 4))
 
 
+def average_pool(x: Array, size: int) -> Array:
+    """[B, H, W, C] -> [B, H / size, W / size, C], summed in float32."""
+    batch, height, width, channels = x.shape
+    cells = x.reshape(batch, height // size, size, width // size, size, channels)
+    return jnp.mean(cells, axis=(2, 4), dtype=jnp.float32).astype(x.dtype)
+
+
 def upsample_nearest_2x(x: Array) -> Array:
     """[B, H, W, C] -> [B, 2H, 2W, C]."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
