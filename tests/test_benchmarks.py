@@ -11,8 +11,8 @@ import pytest
 from benchmarks import __main__ as bench
 from benchmarks import kernels, pooling, timing
 from benchmarks.timing import compare
-from sam2jax.config import NANO
 from sam2jax.ops.attention import _online
+from sam2jax.testing import small_config
 from sam2jax.tracking import step
 
 # The others, which have no counts of their own, run beside the official package.
@@ -66,13 +66,11 @@ def test_ours_alone(results, section):
 
 
 @pytest.mark.slow
-def test_pooled_memories_are_timed_and_scored():
-    rows = pooling.speed(NANO, runs=1)
-    assert [row.name for row in rows] == [
-        f"{what}, {side} x {side}" for side in (2, 4) for what in ("attention to 7", "frame")
-    ]
-    scores = pooling.accuracy(1)
-    for by_side in scores.values():  # one, two, and four cells a side
+def test_pooled_memories_are_timed_and_scored(monkeypatch):
+    monkeypatch.setattr(pooling, "SIDES", (1, 4))
+    rows = pooling.speed(small_config(), runs=1)
+    assert [row.name for row in rows] == ["attention to 7, 4 x 4", "frame, 4 x 4"]
+    for by_side in pooling.accuracy(1).values():
         assert by_side[1] > by_side[4] > 0
 
 

@@ -74,9 +74,10 @@ def test_blockwise_attention_without_keys_is_zero(monkeypatch):
     np.testing.assert_array_equal(out, 0)
 
 
-@pytest.mark.parametrize("lengths", [(300, 37), (128, 0)])
-def test_the_kernel_for_gpus_equals_blocks_of_keys(lengths):
-    """Sizes that fill no block, interpreted."""
+@pytest.mark.parametrize("lengths, programs", [((300, 37), 128), ((128, 0), 128), ((300, 0), 4)])
+def test_the_kernel_for_gpus_equals_blocks_of_keys(monkeypatch, lengths, programs):
+    """Sizes that fill no block, and keys in several parts or, of four programs, in one."""
+    monkeypatch.setattr(flash, "PROGRAMS", programs)
     shapes = (2, 140, 24), (2, 300, 24), (2, 300, 5)
     given = [normal(i, *shape).astype(jnp.bfloat16) for i, shape in enumerate(shapes)]
     length = jnp.asarray(lengths, jnp.int32)

@@ -49,6 +49,7 @@ class MemoryTokens(Tree):
         spatial_scale: Array | None = None,  # [N, K] of keys
         pointer_scale: Array | None = None,  # [N, Q] of keys
         pooling: int = 1,  # side of the squares of cells that are one
+        dtype: jnp.dtype = jnp.float32,  # of values
     ) -> MemoryTokens:
         count, slots, cells, width = spatial.shape
         spatial_length = num_spatial * (cells // pooling**2)
@@ -57,7 +58,7 @@ class MemoryTokens(Tree):
             spatial_keys = spatial_keys * spatial_scale[:, :, None, None]
         if pointer_scale is not None:
             pointer_keys = pointer_keys * pointer_scale[:, :, None]
-        values = spatial.reshape(count, slots * cells, width).astype(pointers.dtype)
+        values, pointers = spatial.reshape(count, -1, width).astype(dtype), pointers.astype(dtype)
         if pooling > 1:
             values = _with_share(pool_squares(values, cells, pooling), 1.0)
             pointers = _with_share(pointers, pooling**-2)

@@ -102,6 +102,7 @@ class SAM2(nn.Module):
             memory.spatial_scale,
             pointer_scale,
             config.memory_pooling,
+            jnp.dtype(config.dtype),
         )
         return self.memory_attention(features, tokens)
 

@@ -49,6 +49,7 @@ def flash_attention(
     query, key, value = _padded(query, QUERIES), _padded(key, KEYS), _padded(value, KEYS)
     blocks = query.shape[1] // QUERIES
     splits = max(1, min(MOST_SPLITS, PROGRAMS // (count * blocks)))
+    part = value.dtype if splits == 1 else jnp.float32
     # The fastest on an H200. Wider values leave no room for a third stage.
     warps, stages = (4, 3) if value.shape[2] <= 64 else (8, 2)
 
@@ -69,13 +70,15 @@ def flash_attention(
             pl.BlockSpec((None, None, QUERIES), lambda b, i, s: (b, s, i)),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct((count, splits, query.shape[1], value.shape[2]), jnp.float32),
+            jax.ShapeDtypeStruct((count, splits, query.shape[1], value.shape[2]), part),
             jax.ShapeDtypeStruct((count, splits, query.shape[1]), jnp.float32),
         ],
         compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=interpret,
         name="flash_attention",
     )(length, query, key, value)
+    if splits == 1:
+        return out[:, 0, :rows, :width], log_sum[:, 0, :rows]
     total = jax.nn.logsumexp(log_sum, axis=1)
     out = jnp.sum(out * jnp.exp(log_sum - total[:, None])[..., None], axis=1)
     return out[:, :rows, :width].astype(value.dtype), total[:, :rows]
@@ -110,7 +113,7 @@ def _kernel(splits: int, length_ref, query_ref, key_ref, value_ref, out_ref, log
     carry = lax.fori_loop(first, whole, functools.partial(add, False), carry)
     total, row_sum, row_max = lax.fori_loop(whole, after, functools.partial(add, True), carry)
     row_sum = jnp.maximum(row_sum, jnp.finfo(jnp.float32).tiny)
-    out_ref[...] = total / row_sum[:, None]
+    out_ref[...] = (total / row_sum[:, None]).astype(out_ref.dtype)
     log_sum_ref[...] = (row_max + jnp.log2(row_sum)) / _PER_BIT
 
 
