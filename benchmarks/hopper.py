@@ -39,6 +39,8 @@ def flash_attention(
     blocks = query.shape[1] // (GROUPS * ROWS)
     splits = max(1, min(MOST_SPLITS, PROGRAMS // (count * blocks)))
 
+    part = value.dtype if splits == 1 else jnp.float32
+
     def on_chip(*shape: int) -> Any:
         transforms = plgpu.TilingTransform((8, LANES)), plgpu.SwizzleTransform(128)
         return plgpu.SMEM(shape, query.dtype, transforms=transforms)
@@ -47,7 +49,7 @@ def flash_attention(
     out, log_sum = plgpu.kernel(
         functools.partial(_kernel, splits, keys, interpret is not None),
         out_type=[
-            jax.ShapeDtypeStruct((count, splits, query.shape[1], value.shape[2]), jnp.float32),
+            jax.ShapeDtypeStruct((count, splits, query.shape[1], value.shape[2]), part),
             jax.ShapeDtypeStruct((count, splits, query.shape[1]), jnp.float32),
         ],
         scratch_types={
@@ -68,6 +70,8 @@ def flash_attention(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )(length, query, key, value)
+    if splits == 1:
+        return out[:, 0, :rows, :width], log_sum[:, 0, :rows]
     total = jax.nn.logsumexp(log_sum, axis=1)
     out = jnp.sum(out * jnp.exp(log_sum - total[:, None])[..., None], axis=1)
     return out[:, :rows, :width].astype(value.dtype), total[:, :rows]
@@ -132,6 +136,10 @@ def _kernel(
                 pl.when(step >= STAGES)(functools.partial(plgpu.barrier_wait, read.at[slot]))
                 plgpu.copy_gmem_to_smem(ref.at[row, rows], into.at[slot], there.at[slot])
 
+        for slot in range(STAGES):  # a barrier ends as it begins
+            for read in (keys_read, values_read):
+                pl.when(steps > slot)(functools.partial(plgpu.barrier_wait, read.at[slot]))
+
     @pl.when(group < GROUPS)
     def compute():
         plgpu.set_max_registers(COMPUTING, action="increase")
@@ -190,7 +198,7 @@ def _kernel(
         total, row_sum, row_max = lax.fori_loop(whole, after, functools.partial(add, True), carry)
         pl.when(group == 0)(take_turns)
         row_sum = jnp.maximum(row_sum, jnp.finfo(jnp.float32).tiny)
-        out_ref[row, split, rows] = total / _across(row_sum, total)
+        out_ref[row, split, rows] = (total / _across(row_sum, total)).astype(out_ref.dtype)
         log_sum_ref[row, split, rows] = row_max / _PER_BIT + jnp.log(row_sum)
 
 
@@ -204,7 +212,9 @@ def _add_product(
     """`total + weights values`, waiting for the next keys while it is computed."""
     if interpret:  # of products with a factor in registers JAX has no interpreter
         ahead()
-        return total + jnp.dot(weights, values_ref[...], preferred_element_type=jnp.float32)
+        total = total + jnp.dot(weights, values_ref[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()  # read here by threads, where a product reads as copies write
+        return total
 
     def multiply(total_ref):
         plgpu.wgmma(total_ref, weights, values_ref)

@@ -124,7 +124,7 @@ def _kernel(
             plgpu.copy_gmem_to_smem(x_ref.at[at_rows, at], parts.at[slot], there.at[slot])
             plgpu.copy_gmem_to_smem(kernel_ref.at[at, at_columns], kernels.at[slot], there.at[slot])
 
-        for slot in range(GROUPS * stages):  # barriers end as they begin
+        for slot in range(GROUPS * stages):  # a barrier ends as it begins
             used = turns_of(jnp.int32(slot // stages)) * steps > slot % stages
             pl.when(used)(functools.partial(plgpu.barrier_wait, read.at[slot]))
 

@@ -89,18 +89,29 @@ def test_ways_to_compute_are_timed_and_compared(make, shape, way):
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its interpreter is of JAX 0.11")
 @pytest.mark.parametrize(
-    "queries, keys, channels, width, lengths",
+    "queries, keys, channels, width, lengths, programs",
     [
-        (150, 500, 64, 64, (500, 257)),  # the last block reaches past the end, and splits are empty
-        (64, 300, 64, 128, (64, 0)),
-        (130, 90, 40, 24, (89, 1)),  # fewer keys than in a block
+        (
+            150,
+            500,
+            64,
+            64,
+            (500, 257),
+            128,
+        ),  # the last block reaches past the end, splits are empty
+        (64, 300, 64, 128, (64, 0), 128),
+        (130, 90, 40, 24, (89, 1), 128),  # fewer keys than in a block
+        (150, 500, 64, 64, (500, 257), 1),  # not split
     ],
 )
-def test_the_candidate_for_hopper_attends(queries, keys, channels, width, lengths):
+def test_the_candidate_for_hopper_attends(
+    monkeypatch, queries, keys, channels, width, lengths, programs
+):
     from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
 
     from benchmarks import hopper
 
+    monkeypatch.setattr(hopper, "PROGRAMS", programs)
     problem = kernels.attention_problem((2, queries, keys, channels, width))
     query, key, value, _ = problem.given
     length = jnp.array(lengths, jnp.int32)
