@@ -135,6 +135,9 @@ def _kernel(
         @pl.loop(0, turns_of(group))
         def compute_tile(turn):
             start, at_columns = place(turn * GROUPS + group)
+            by_column = plgpu.Layout.WGMMA.reduce(0)
+            bias = plgpu.load(bias_ref.at[at_columns], layout=by_column, optimized=False)
+            bias = bias.astype(jnp.float32)
 
             def multiply(sums):
                 for step in range(steps):
@@ -149,9 +152,6 @@ def _kernel(
                 return sums[...]
 
             sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, columns), jnp.float32))
-            by_column = plgpu.Layout.WGMMA.reduce(0)
-            bias = plgpu.load(bias_ref.at[at_columns], layout=by_column, optimized=False)
-            bias = bias.astype(jnp.float32)
             for row in range(0, ROWS, WRITTEN):
                 part = sums[row : row + WRITTEN]
                 out = gelu(part + lax.broadcast_in_dim(bias, part.shape, (1,)))

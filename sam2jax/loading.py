@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -100,8 +100,12 @@ def save(
             (a folder; the default for any other name).
 
     Raises:
+        TypeError: what is given is no model, or no parameters.
         ValueError: the parameters are not those of the model, or `path` cannot be written.
     """
+    if not (isinstance(model, SAM2 | SAM2Config) and isinstance(params, Mapping)):
+        kinds = ", ".join(type(given).__name__ for given in (path, model, params))
+        raise TypeError(f"save takes a path, a model and its parameters, got {kinds}.")
     config = model.config if isinstance(model, SAM2) else model
     flat = flatten_dict(params, sep="/")
     convert.write(path, {k: np.asarray(v, np.float32) for k, v in flat.items()}, config, to)

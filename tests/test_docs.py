@@ -133,5 +133,13 @@ def test_tables_are_those_of_the_results(file: str):
             assert cell.strip() == f"{row[measured]:.{digits}f}", (name, measured)
 
 
+def test_scores_of_pooled_memories_are_those_of_the_results():
+    results = json.loads((RESULTS / "pooling-sam2.1_hiera_tiny-float32-cpu.json").read_text())
+    shown = re.findall(r"^\| (click|mask) \|(.+)\|$", PAGES["performance"], re.MULTILINE)
+    found = {name: [float(cell) for cell in _cells(row)] for name, row in shown}
+    expected = {name: [round(x, 3) for x in of.values()] for name, of in results["J&F"].items()}
+    assert found == expected
+
+
 def _cells(row: str) -> list[str]:
     return row.split("|")

@@ -277,7 +277,14 @@ def test_parameters_of_another_model_are_not_saved(saved: pathlib.Path, tmp_path
     del params["no_obj_ptr"]
     with pytest.raises(ValueError, match=r"does not fit small_test. .*: 1 missing \(no_obj_ptr\)"):
         save(tmp_path / "a", model, params)
+    with pytest.raises(TypeError, match="save takes a path, a model and .*, got SAM2, dict, str"):
+        save(model, params, "a")
     assert not list(tmp_path.iterdir())
+
+
+def test_pooled_memories_are_saved_with_the_model(saved: pathlib.Path, tmp_path: pathlib.Path):
+    save(tmp_path / "a.pt", *load(saved / "model.safetensors", memory_pooling=2))
+    assert load(tmp_path / "a.pt")[0].config.memory_pooling == 2
 
 
 def test_loading_imports_neither_torch_nor_transformers(saved: pathlib.Path):

@@ -150,8 +150,9 @@ class RoPEAttention(nn.Module):
             scale=1.0,
             kernel=self.config.kernels,
         )
-        if out.shape[-1] > self.in_features:  # shares of weight behind the values
-            out = out[..., :-1].astype(jnp.float32) / out[..., -1:].astype(jnp.float32)
+        if out.shape[-1] > self.in_features:  # shares behind the values, and none is smaller
+            share = jnp.maximum(out[..., -1:].astype(jnp.float32), self.config.memory_pooling**-2)
+            out = out[..., :-1].astype(jnp.float32) / share
         out = out.reshape(-1, heads, *out.shape[1:])
         kernel, bias = kernel.reshape(self.in_features, heads, -1), bias.reshape(heads, -1)
         projected = [linear(out[:, h], kernel[:, h], bias[h], dtype) for h in range(heads)]
@@ -203,7 +204,7 @@ class RoPEAttention(nn.Module):
         starts = jnp.arange(slots, dtype=jnp.int32) * cells
         valid = starts[:, None, None] < memory.spatial_length[None, :, None]
         spatial = jax.lax.map(lambda item: received(*item), (jnp.moveaxis(keys, 1, 0), valid))
-        spatial = spatial + math.log(pooled)
+        spatial = spatial + math.log(pooled)  # a square has the weight of its cells
         pieces = self.config.pointer_tokens
         grouped = jnp.moveaxis(
             pointers.reshape(len(pointers), -1, pieces, pointers.shape[-1]), 1, 0
