@@ -1,13 +1,14 @@
-"""A candidate for linear layers with GELU on Hopper GPUs, which has yet to run on one.
+"""A candidate for linear layers on Hopper GPUs, which has yet to run on one.
 
 Mosaic GPU: two warpgroups have 128 rows each and take turns, so that one multiplies while the
-other computes GELU (CUTLASS's "ping-pong"), and a third fetches ahead of them.
+other computes an activation and writes (CUTLASS's "ping-pong"), and a third fetches ahead of them.
 `python -m benchmarks.kernels` compares it with what XLA makes.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,9 +38,16 @@ def gelu(x: Array) -> Array:
     return jnp.maximum(x, 0.0) - size * (0.5 * part) * tail * jnp.exp2(x * x * -0.7213475204444817)
 
 
-def linear_gelu(x: Array, kernel: Array, bias: Array, *, interpret: Any = None) -> Array:
-    """GELU of an affine map, [R, I] x [I, O] -> [R, O], all bfloat16; R is a multiple of 128, I of
-    16, O of 32."""
+def linear(
+    x: Array,
+    kernel: Array,
+    bias: Array,
+    activation: Callable[[Array], Array] | None = None,
+    *,
+    interpret: Any = None,
+) -> Array:
+    """An affine map, and an activation: [R, I] x [I, O] -> [R, O], all bfloat16; R is a multiple of
+    128, I of 16, O of 32."""
     (rows, width), wide = x.shape, kernel.shape[1]
     columns = next(n for n in (128, 96, 64, 32) if wide % n == 0)
     lanes = next(n for n in (64, 32, 16) if width % n == columns % n == 0)  # 128 bytes at most
@@ -57,7 +65,7 @@ def linear_gelu(x: Array, kernel: Array, bias: Array, *, interpret: Any = None) 
 
     tiles = rows // ROWS * (wide // columns)
     return plgpu.kernel(
-        _kernel,
+        functools.partial(_kernel, activation),
         out_type=jax.ShapeDtypeStruct((rows, wide), x.dtype),
         scratch_types={
             "parts": on_chip(GROUPS * stages, ROWS, channels, lanes=lanes),
@@ -76,6 +84,7 @@ def linear_gelu(x: Array, kernel: Array, bias: Array, *, interpret: Any = None) 
 
 
 def _kernel(
+    activation: Callable[[Array], Array] | None,
     x_ref,
     kernel_ref,
     bias_ref,
@@ -153,8 +162,10 @@ def _kernel(
 
             sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, columns), jnp.float32))
             for row in range(0, ROWS, WRITTEN):
-                part = sums[row : row + WRITTEN]
-                out = gelu(part + lax.broadcast_in_dim(bias, part.shape, (1,)))
+                out = sums[row : row + WRITTEN]
+                out = out + lax.broadcast_in_dim(bias, out.shape, (1,))
+                if activation is not None:
+                    out = activation(out)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 done[group] = out.astype(done.dtype)
                 plgpu.commit_smem()

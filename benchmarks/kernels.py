@@ -1,4 +1,4 @@
-"""Attention to many keys, and linear layers with GELU: the ways there are to compute them here.
+"""Attention to many keys, and linear layers: the ways there are to compute them here.
 
 python -m benchmarks.kernels
 
@@ -30,7 +30,7 @@ ATTENTION = {  # rows of the batch, queries, keys, channels of keys and of value
     "each other": (1, 4096, 4096, 256, 256),
     "each other, 8 objects": (8, 4096, 4096, 256, 256),
 }
-LINEAR = {  # rows, channels in and out: where the trunk's MLPs begin
+GELU = {  # with GELU, where the trunk's MLPs begin: rows, channels in and out
     "large, stage 1": (65536, 144, 576),
     "large, stage 2": (16384, 288, 1152),
     "large, stage 3": (4096, 576, 2304),
@@ -39,6 +39,10 @@ LINEAR = {  # rows, channels in and out: where the trunk's MLPs begin
     "base_plus, stage 3": (4096, 448, 1792),
     "tiny, stage 1": (65536, 96, 384),
     "tiny, stage 3": (4096, 384, 1536),
+}
+PLAIN = {  # without: queries, keys and values
+    "large, stage 3, qkv": (4096, 576, 1728),
+    "tiny, stage 3, qkv": (4096, 384, 1152),
 }
 TURNS, RUNS = 50, 5  # on a GPU
 Way = Callable[..., Array]
@@ -77,13 +81,23 @@ def cudnn(query: Array, key: Array, value: Array, length: Array) -> Array:
 
 
 def xla(x: Array, kernel: Array, bias: Array) -> Array:
-    return gelu(linear(x, kernel, bias, x.dtype))
+    return linear(x, kernel, bias, x.dtype)
+
+
+def xla_gelu(x: Array, kernel: Array, bias: Array) -> Array:
+    return gelu(xla(x, kernel, bias))
 
 
 def mosaic_linear(x: Array, kernel: Array, bias: Array) -> Array:
-    from benchmarks.hopper_linear import linear_gelu
+    from benchmarks.hopper_linear import linear
 
-    return linear_gelu(x, kernel, bias)
+    return linear(x, kernel, bias)
+
+
+def mosaic_gelu(x: Array, kernel: Array, bias: Array) -> Array:
+    from benchmarks.hopper_linear import gelu, linear
+
+    return linear(x, kernel, bias, gelu)
 
 
 def attention_problem(shape: tuple[int, ...]) -> Problem:
@@ -94,10 +108,14 @@ def attention_problem(shape: tuple[int, ...]) -> Problem:
     return Problem(given, work, (blocks, triton, mosaic, cudnn))
 
 
-def linear_problem(shape: tuple[int, ...]) -> Problem:
+def linear_problem(shape: tuple[int, ...], ways: tuple[Way, ...] = (xla, mosaic_linear)) -> Problem:
     rows, width, wide = shape
     x, kernel, bias = _noise((rows, width), (width, wide), (wide,))
-    return Problem((x, kernel * width**-0.5, bias), 2 * rows * width * wide, (xla, mosaic_linear))
+    return Problem((x, kernel * width**-0.5, bias), 2 * rows * width * wide, ways)
+
+
+def gelu_problem(shape: tuple[int, ...]) -> Problem:
+    return linear_problem(shape, (xla_gelu, mosaic_gelu))
 
 
 def _noise(*sizes: tuple[int, ...]) -> Iterator[Array]:
@@ -145,7 +163,11 @@ def main() -> None:
     print(f"{'':<26}{'':<14}{'us':>10}{'Tflop/s':>9}{'error':>9}")
     problems = {
         name: functools.partial(make, shape)
-        for make, shapes in ((attention_problem, ATTENTION), (linear_problem, LINEAR))
+        for make, shapes in (
+            (attention_problem, ATTENTION),
+            (gelu_problem, GELU),
+            (linear_problem, PLAIN),
+        )
         for name, shape in shapes.items()
     }
     found = []

@@ -12,6 +12,7 @@ from benchmarks import __main__ as bench
 from benchmarks import kernels, pooling, timing
 from benchmarks.timing import compare
 from sam2jax.ops.attention import _online
+from sam2jax.ops.linear import gelu
 from sam2jax.testing import small_config
 from sam2jax.tracking import step
 
@@ -78,6 +79,7 @@ def test_pooled_memories_are_timed_and_scored(monkeypatch):
     "make, shape, way",
     [
         (kernels.attention_problem, (2, 24, 40, 16, 8), "blocks"),
+        (kernels.gelu_problem, (40, 16, 8), "xla_gelu"),
         (kernels.linear_problem, (40, 16, 8), "xla"),
     ],
 )
@@ -142,11 +144,13 @@ def test_the_candidate_for_linear_layers(monkeypatch, rows, width, wide, program
 
     monkeypatch.setattr(hopper_linear, "PROGRAMS", programs)
     given, *_ = kernels.linear_problem((rows, width, wide))
-    out = hopper_linear.linear_gelu(*given, interpret=InterpretGPUParams(detect_races=True))
     x, kernel, bias = (t.astype(jnp.float32) for t in given)
-    expected = jax.nn.gelu(jnp.dot(x, kernel, precision="highest") + bias[None], approximate=False)
-    assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=2**-7, atol=1e-6)
+    expected = jnp.dot(x, kernel, precision="highest") + bias[None]
+    for activation, same in ((None, expected), (hopper_linear.gelu, gelu(expected))):
+        interpreter = InterpretGPUParams(detect_races=True)
+        out = hopper_linear.linear(*given, activation, interpret=interpreter)
+        assert out.dtype == jnp.bfloat16
+        np.testing.assert_allclose(out.astype(jnp.float32), same, rtol=2**-7, atol=1e-6)
 
 
 def test_the_candidates_gelu_is_exact():
