@@ -38,7 +38,6 @@ def flash_attention(
     key, value = (_padded(x, max(keys - x.shape[1], 0)) for x in (key, value))
     blocks = query.shape[1] // (GROUPS * ROWS)
     splits = max(1, min(MOST_SPLITS, PROGRAMS // (count * blocks)))
-
     part = value.dtype if splits == 1 else jnp.float32
 
     def on_chip(*shape: int) -> Any:
