@@ -29,7 +29,7 @@ FETCHING, COMPUTING = 40, 232  # registers of a thread
 
 def gelu(x: Array) -> Array:
     """The exact GELU: max(x, 0) - |x| erfc(|x| / sqrt 2) / 2, which does not cancel, with `erfc` to
-    1.5e-7 (Abramowitz and Stegun, 7.1.26). Mosaic GPU has no `erf`, as the package's own."""
+    1.5e-7 (Abramowitz and Stegun, 7.1.26). Mosaic GPU lacks the `erf` of the package's own."""
     size = jnp.abs(x)
     part = lax.square(lax.rsqrt(1.0 + (0.3275911 * 0.5**0.5) * size))  # a division is slower
     tail = jnp.full_like(x, 1.061405429)
