@@ -68,9 +68,7 @@ def linear(
 ) -> Array:
     """Affine map of the last axis: [..., I] x [I, O] -> [..., O] in `dtype`, or, not `rounded`, in
     float32."""
-    if dtype != jnp.float32:
-        return _narrow_linear(x.astype(dtype), kernel, bias, rounded)
-    return _added(_product(x.astype(dtype), kernel), bias)
+    return _linear(x.astype(dtype), kernel, bias, rounded)
 
 
 def _product(x: Array, kernel: Array, dtype: jnp.dtype = jnp.float32) -> Array:
@@ -87,27 +85,28 @@ def _added(y: Array, bias: Array | None) -> Array:
     return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
 
 
-# Derived automatically gradients would be of float32 factors, and the kernel's one long sum.
+# Derived automatically, gradients of narrow products would be of float32 factors, and the kernel's
+# one long sum of rows that a CPU transposes first, computing all that is fused into them again.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _narrow_linear(x: Array, kernel: Array, bias: Array | None, rounded: bool) -> Array:
+def _linear(x: Array, kernel: Array, bias: Array | None, rounded: bool) -> Array:
     def last(x: Array, kernel: Array, bias: Array | None) -> Array:
         return _added(_product(x, kernel), bias).astype(x.dtype)
 
     def at_once(x: Array, kernel: Array, bias: Array | None) -> Array:
         return _added(_product(x, kernel, x.dtype), bias)
 
-    if not rounded:
+    if not rounded or x.dtype == jnp.float32:
         return _added(_product(x, kernel), bias)
     bias = None if bias is None else bias.astype(x.dtype)
     # As in `_rounded_einsum`.
     return lax.platform_dependent(x, kernel, bias, cpu=last, default=at_once)
 
 
-def _narrow_linear_forward(x: Array, kernel: Array, bias: Array | None, rounded: bool):
-    return _narrow_linear(x, kernel, bias, rounded), (x, kernel, bias)
+def _linear_forward(x: Array, kernel: Array, bias: Array | None, rounded: bool):
+    return _linear(x, kernel, bias, rounded), (x, kernel, bias)
 
 
-def _narrow_linear_backward(
+def _linear_backward(
     rounded: bool, residuals: tuple[Array, Array, Array | None], gradient: Array
 ):
     x, kernel, bias = residuals
@@ -116,11 +115,11 @@ def _narrow_linear_backward(
     if bias is not None:
         rows = gradient.reshape(-1, gradient.shape[-1])
         by_bias = jnp.sum(rows, axis=0, dtype=jnp.float32).reshape(bias.shape).astype(bias.dtype)
-    by_x = _narrow_linear(gradient, kernel.T, None, True)
+    by_x = _linear(gradient, kernel.T, None, True)
     return by_x, _by_kernel(x, gradient).astype(kernel.dtype), by_bias
 
 
-_narrow_linear.defvjp(_narrow_linear_forward, _narrow_linear_backward)
+_linear.defvjp(_linear_forward, _linear_backward)
 
 
 def _by_kernel(x: Array, gradient: Array) -> Array:
