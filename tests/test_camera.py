@@ -294,13 +294,18 @@ def test_the_official_builders(tmp_path, monkeypatch):
     monkeypatch.setitem(VARIANTS, config.name, config)
     monkeypatch.setattr(build_module, "init_params", lambda config, key: random_params(config))
     for given in (path, None):
-        with pytest.warns(UserWarning, match="mode"):
+        with pytest.warns(UserWarning, match="device, mode, compile_image_encoder"):
             built = build(
                 "configs/sam2.1/sam2.1_hiera_b+.yaml",
                 given,
-                mode="eval",
+                "cpu",
+                "eval",
                 apply_postprocessing=False,
-                hydra_overrides_extra=["++model.image_size=96", "++model.non_overlap_masks=true"],
+                hydra_overrides_extra=[
+                    "++model.image_size=96",
+                    "++model.non_overlap_masks=true",
+                    "++model.compile_image_encoder=true",
+                ],
             )
         assert built.config.name == config.name and built.image_size == 96
         assert built.non_overlap_masks and built.config.fill_hole_area == 0

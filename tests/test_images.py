@@ -116,12 +116,13 @@ def test_other_numbers_of_points_and_boxes_compile_nothing_new(predictor):
     ids=["grey", "rgba", "16 bit", "float", "empty", "L", "RGBA", "path"],
 )
 def test_refused_images(predictor, params, image):
-    predictor.set_image(picture())
-    before = predictor.predict(**POINT)
+    """And, as officially, nothing is answered for the image before."""
     for call in (predictor.set_image, lambda x: predictor.set_image_batch([picture(), x])):
+        predictor.set_image(picture())
         with pytest.raises(ValueError, match="image"):
             call(image)
-    np.testing.assert_array_equal(predictor.predict(**POINT)[0], before[0])  # as it was
+        with pytest.raises(RuntimeError, match="No image"):
+            predictor.predict(**POINT)
 
 
 def test_refused_prompts(predictor, params):
@@ -164,6 +165,29 @@ def test_loading(tmp_path, params):
     assert sam2jax.SAM2ImagePredictor(built).config.image_size == 96
     generator = sam2jax.SAM2AutomaticMaskGenerator.from_pretrained(path, points_per_side=4)
     assert [grid.shape for grid in generator.point_grids] == [(16, 2)]
+
+
+def test_what_predictors_are_made_of(params):
+    """A model and its parameters in one, or another predictor; official options in their places
+    are refused, not passed over."""
+    video = sam2jax.SAM2VideoPredictor(MODEL, params)
+    for predictor in (
+        sam2jax.SAM2ImagePredictor,
+        sam2jax.SAM2AutomaticMaskGenerator,
+        sam2jax.SAM2VideoPredictor,
+    ):
+        assert predictor(video).model is predictor((MODEL, params)).model is MODEL
+        for given, message in (
+            (((MODEL, params), 0.5), "by their names"),
+            ((MODEL,), "parameters, too"),
+            (("sam2.1_hiera_tiny.pt",), "got str"),
+        ):
+            with pytest.raises(TypeError, match=message):
+                predictor(*given)
+    shared, own = sam2jax.SAM2ImagePredictor(video), sam2jax.SAM2ImagePredictor(MODEL, params)
+    for each in (shared, own):
+        each.set_image(picture())
+    np.testing.assert_array_equal(shared.predict(**POINT)[2], own.predict(**POINT)[2])
 
 
 # The automatic mask generator. Masks of random weights fill the image: only their peaks differ.

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sam2jax.io import container
-from sam2jax.io.images import list_frames, read_image, read_mask
+from sam2jax.io.images import list_frames, list_images, read_image, read_mask
 from sam2jax.io.masks import davis_palette
 from sam2jax.io.reader import FrameReader
 from sam2jax.io.video import open_video
@@ -151,7 +151,7 @@ def test_folder_equals_the_official_loader(tmp_path):
 @pytest.mark.parametrize(
     "names",
     [
-        ["1.png", "2.jpg", "10.JPEG", "0011.png"],
+        ["1.jpg", "2.JPG", "10.JPEG", "0011.jpg"],
         ["shot2.png", "shot10.png", "shot10b.png"],
         ["a.png", "a-1.png", "b.png"][1:] + ["c.png"],
     ],
@@ -165,6 +165,18 @@ def test_folder_order(tmp_path, names):
     assert [number(frame) for frame in video] == list(range(len(names)))
     assert [number(f.image) for f in video.frames(reverse=True)] == list(range(len(names)))[::-1]
     assert video.frame_name(1) == names[1].rsplit(".", 1)[0]
+
+
+def test_masks_beside_frames_are_no_frames(tmp_path):
+    """As officially: where there are JPEG files, PNG files are something else."""
+    folder = write_folder(tmp_path / "frames", ["0.jpg", "1.jpg"])
+    write_folder(tmp_path / "masks", ["1.png", "mask.png"])
+    for path in (tmp_path / "masks").iterdir():
+        path.rename(folder / path.name)
+    assert len(open_video(folder)) == 2
+    assert [path.name for path in list_frames(folder)] == ["0.jpg", "1.jpg"]
+    with pytest.raises(ValueError, match="more than one file for frame 1"):
+        list_images(folder)
 
 
 def test_single_picture_is_a_clip_of_one_frame(tmp_path):
@@ -298,7 +310,7 @@ def test_bad_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no frames"):
         open_video(write_folder(tmp_path / "empty", []))
     with pytest.raises(ValueError, match="more than one file for frame 1"):
-        open_video(write_folder(tmp_path / "twice", ["1.png", "1.jpg"]))
+        open_video(write_folder(tmp_path / "twice", ["1.jpg", "1.jpeg"]))
     mixed = write_folder(tmp_path / "mixed", ["0.png"])
     write_folder(mixed, ["1.png"], height=32)
     with pytest.raises(ValueError, match="1.png is 64x32.*same size"):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import pickle
 
 import jax
 import numpy as np
@@ -64,6 +65,37 @@ def test_bilevel_pictures_are_masks():
     mask = check_mask(bilevel)
     np.testing.assert_array_equal(mask, bilevel)
     assert mask.view(np.uint8).max() == 1
+
+
+def test_pytorch_masks_are_cut_where_the_official_ones_are():
+    class Tensor(np.ndarray):  # as far as it is looked at
+        is_floating_point = None
+
+    soft = np.float32([[-1, 0, 0.3], [0.5, 0.7, 1]])
+    np.testing.assert_array_equal(check_mask(soft), soft != 0)
+    np.testing.assert_array_equal(check_mask(soft.view(Tensor)), soft >= 0.5)
+
+
+def test_a_session_copied(predictor):
+    """What is tried in a copy leaves the session as it was, and the other way round."""
+    state = predictor.init_state(clip())
+    predictor.add_new_points_or_box(state, 0, 1, **CLICK)
+    before = masks_of(predictor.propagate_in_video(state, max_frame_num_to_track=2))
+    twin = copy.deepcopy(state)
+    predictor.add_new_points_or_box(twin, 1, 2, points=[[60, 40]], labels=[1])
+    predictor.add_new_points_or_box(twin, 1, 1, points=[[60, 40]], labels=[0])
+    tried = masks_of(predictor.propagate_in_video(twin))
+    assert state.obj_ids == [1] and twin.obj_ids == [1, 2] and 1 not in state.objects[1].points
+    np.testing.assert_array_equal(masks_of(predictor.propagate_in_video(state))[:3], before)
+    np.testing.assert_array_equal(masks_of(predictor.propagate_in_video(twin)), tried)
+    for refused in (copy.copy, pickle.dumps):
+        with pytest.raises(TypeError, match="save_state"):
+            refused(state)
+
+
+def test_what_is_compiled_in_cannot_be_set(predictor):
+    with pytest.raises(AttributeError, match="from_pretrained"):
+        predictor.fill_hole_area = 0
 
 
 def test_the_official_ranges(predictor):

@@ -113,11 +113,11 @@ def auto(
 
 
 def _list(images: pathlib.Path) -> list[pathlib.Path]:
-    from sam2jax.io.images import list_frames
+    from sam2jax.io.images import list_images
 
     if not images.exists():
         raise FileNotFoundError(f"there is no image or folder {images}.")
-    return list_frames(images) if images.is_dir() else [images]
+    return list_images(images) if images.is_dir() else [images]
 
 
 def _is_done(out: pathlib.Path, path: pathlib.Path) -> bool:

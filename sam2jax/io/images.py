@@ -24,6 +24,16 @@ _DIM = 32  # a grey picture darker than this everywhere holds object numbers, no
 
 
 def list_frames(folder: PathLike) -> list[pathlib.Path]:
+    """The frames of a video in a folder: its JPEG files, or where there are none its PNG files.
+
+    As officially, PNG files beside JPEG files (masks, say) are no frames. Order and errors are
+    those of `list_images`.
+    """
+    paths = _image_paths(folder)
+    return _in_order(folder, [path for path in paths if path.suffix.lower() != ".png"] or paths)
+
+
+def list_images(folder: PathLike) -> list[pathlib.Path]:
     """The JPEG and PNG files of a folder, in the order of their numbers.
 
     Names that are whole numbers are ordered by value, as the official loader does; others
@@ -33,12 +43,18 @@ def list_frames(folder: PathLike) -> list[pathlib.Path]:
         ValueError: there are none, or two files have the same name but for the suffix.
         OSError: the folder cannot be read.
     """
-    folder = pathlib.Path(folder)
-    paths = [
+    return _in_order(folder, _image_paths(folder))
+
+
+def _image_paths(folder: PathLike) -> list[pathlib.Path]:
+    return [
         path
-        for path in folder.iterdir()
+        for path in pathlib.Path(folder).iterdir()
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
     ]
+
+
+def _in_order(folder: PathLike, paths: list[pathlib.Path]) -> list[pathlib.Path]:
     if not paths:
         raise ValueError(f"{folder} holds no frames; expected JPEG or PNG files, like 00000.jpg.")
     stems = [path.stem for path in paths]

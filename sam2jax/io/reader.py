@@ -9,7 +9,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -30,6 +30,7 @@ class FrameReader:
     """
 
     def __init__(self, video: Video) -> None:
+        self._video = video
         # The thread holds the video and the queue, not this object: that can go at any time.
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(
@@ -39,6 +40,10 @@ class FrameReader:
         self._end = weakref.finalize(self, self._jobs.put, None)
         self._frames: OrderedDict[int, Future[np.ndarray]] = OrderedDict()  # the latest last
         self._room = _FEWEST
+
+    def __deepcopy__(self, memo: Any) -> FrameReader:
+        """Reads the same video, which only lends one frame at a time."""
+        return FrameReader(self._video)
 
     def read(self, index: int, ahead: Iterable[int] = ()) -> np.ndarray:
         """The model's image of a frame.

@@ -106,9 +106,7 @@ def _linear_forward(x: Array, kernel: Array, bias: Array | None, rounded: bool):
     return _linear(x, kernel, bias, rounded), (x, kernel, bias)
 
 
-def _linear_backward(
-    rounded: bool, residuals: tuple[Array, Array, Array | None], gradient: Array
-):
+def _linear_backward(rounded: bool, residuals: tuple[Array, Array, Array | None], gradient: Array):
     x, kernel, bias = residuals
     gradient = gradient.astype(x.dtype)
     by_bias = None

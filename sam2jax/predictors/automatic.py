@@ -12,11 +12,11 @@ import numpy as np
 from tqdm import tqdm
 
 from sam2jax.io.runs import encode_coco, encode_runs
-from sam2jax.nn.sam2 import SAM2, prepare_params
+from sam2jax.nn.sam2 import prepare_params
 from sam2jax.predictors.grids import Box, crop_boxes, near_crop_edge, point_grids
 from sam2jax.predictors.image import preprocess
 from sam2jax.predictors.inputs import check_image
-from sam2jax.predictors.options import load_with
+from sam2jax.predictors.options import load_with, model_and_params
 from sam2jax.predictors.regions import (
     Drawn,
     clean_masks,
@@ -75,8 +75,8 @@ class SAM2AutomaticMaskGenerator:
     are kept. Memory does not grow with points and crops but by what has passed, compressed.
 
     Args:
-      model: from `load`, or what `build_sam2` returns.
-      params: its parameters, if they did not come with the model.
+      model: from `load`, or what `build_sam2` returns, or another predictor, to share its model.
+      params: the model's parameters, if they do not come with it.
       points_per_side: of the grid; None: `point_grids` has them.
       points_per_batch: decoded at once.
       pred_iou_thresh: masks that the model itself rates no higher are dropped.
@@ -104,7 +104,7 @@ class SAM2AutomaticMaskGenerator:
 
     def __init__(
         self,
-        model: SAM2 | tuple[SAM2, Any],
+        model: Any,
         params: Any = None,
         *,
         points_per_side: int | None = 32,
@@ -125,7 +125,7 @@ class SAM2AutomaticMaskGenerator:
         multimask_output: bool = True,
         progress: bool = False,
     ) -> None:
-        self.model, params = model if isinstance(model, tuple) else (model, params)
+        self.model, params = model_and_params(model, params)
         self.params = prepare_params(self.model, params)
         self.point_grids = _check_grids(
             points_per_side, point_grids, crop_n_layers, crop_n_points_downscale_factor

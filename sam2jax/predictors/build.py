@@ -29,7 +29,8 @@ class LoadedModel(NamedTuple):
 def build_sam2(
     config_file: str,
     ckpt_path: Any = None,
-    *,
+    device: Any = None,
+    mode: Any = None,
     hydra_overrides_extra: Sequence[str] = (),
     apply_postprocessing: bool = True,
     **options: Any,
@@ -39,15 +40,17 @@ def build_sam2(
     Args:
       config_file: the official name, such as `configs/sam2.1/sam2.1_hiera_t.yaml`, or a variant's.
       ckpt_path: of its checkpoint; None: random weights.
-      hydra_overrides_extra: such as `++model.image_size=512`, of options that `load` has.
+      device, mode: mean nothing here; they are accepted with a warning.
+      hydra_overrides_extra: such as `++model.image_size=512`, of options that `load` has. They
+        come last: officially those of `apply_postprocessing` do.
       apply_postprocessing: as in `load`.
-      **options: of `load`. `device` and `mode` are accepted with a warning.
+      **options: of `load`.
 
     Raises:
       ValueError: there is no such configuration, or the checkpoint is of another model.
       TypeError: there is no such option.
     """
-    options = without_torch({**options, **dict(map(_override, hydra_overrides_extra))})
+    options = _options(options, device, mode, hydra_overrides_extra)
     return _load(config_file, ckpt_path, apply_postprocessing, options)
 
 
@@ -59,7 +62,8 @@ def build_sam2_hf(model_id: str, **options: Any) -> LoadedModel:
 def build_sam2_video_predictor(
     config_file: str,
     ckpt_path: Any = None,
-    *,
+    device: Any = None,
+    mode: Any = None,
     hydra_overrides_extra: Sequence[str] = (),
     apply_postprocessing: bool = True,
     **options: Any,
@@ -69,7 +73,7 @@ def build_sam2_video_predictor(
     Arguments and errors are those of `build_sam2`; `options` and overrides may also be the
     predictor's own, and `vos_optimized` is accepted with a warning.
     """
-    options = without_torch({**options, **dict(map(_override, hydra_overrides_extra))})
+    options = _options(options, device, mode, hydra_overrides_extra)
     own = {name: options.pop(name) for name in PREDICTOR_OPTIONS if name in options}
     return SAM2VideoPredictor(*_load(config_file, ckpt_path, apply_postprocessing, options), **own)
 
@@ -77,6 +81,14 @@ def build_sam2_video_predictor(
 def build_sam2_video_predictor_hf(model_id: str, **options: Any) -> SAM2VideoPredictor:
     """As `SAM2VideoPredictor.from_pretrained`, with the name of the official function."""
     return SAM2VideoPredictor.from_pretrained(model_id, **options)
+
+
+def _options(
+    options: dict[str, Any], device: Any, mode: Any, overrides: Sequence[str]
+) -> dict[str, Any]:
+    torch = {"device": device, "mode": mode}
+    torch = {name: value for name, value in torch.items() if value is not None}
+    return without_torch({**options, **torch, **dict(map(_override, overrides))}, stacklevel=4)
 
 
 def _load(

@@ -9,7 +9,6 @@ import numpy as np
 
 from sam2jax.config import SAM2Config
 from sam2jax.io.files import PathLike
-from sam2jax.nn.sam2 import SAM2
 from sam2jax.predictors import saving
 from sam2jax.predictors.answers import Scores
 from sam2jax.predictors.inputs import check_image
@@ -29,8 +28,8 @@ class SAM2CameraPredictor:
     the nearest 16 are kept.
 
     Args:
-      model: from `load`.
-      params: its parameters.
+      model: from `load`, or what `build_sam2` returns, or another predictor, to share its model.
+      params: the model's parameters, if they do not come with it.
       **options: of `SAM2VideoPredictor`.
 
     Example:
@@ -40,9 +39,9 @@ class SAM2CameraPredictor:
           obj_ids, mask_logits = predictor.track(frame)
     """
 
-    def __init__(self, model: SAM2, params: Any, **options: Any) -> None:
-        require_memory(model.config)
+    def __init__(self, model: Any, params: Any = None, **options: Any) -> None:
         self._predictor = SAM2VideoPredictor(model, params, **options)
+        require_memory(self.config)
         self._state: InferenceState | None = None
         self._run: Propagation | None = None
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam2jax.config import SAM2Config
-from sam2jax.nn.sam2 import SAM2, prepare_params
+from sam2jax.nn.sam2 import prepare_params
 from sam2jax.ops.masks import fill_regions
 from sam2jax.ops.resize import preprocess_image, resize_masks
 from sam2jax.predictors.inputs import check_image
-from sam2jax.predictors.options import load_with
+from sam2jax.predictors.options import load_with, model_and_params
 from sam2jax.segmentation.image import decode_masks, encode_image
 from sam2jax.types import (
     MAX_FED_BACK_LOGIT,
@@ -40,8 +40,8 @@ class SAM2ImagePredictor:
     arrays.
 
     Args:
-      model: from `load`, or what `build_sam2` returns.
-      params: its parameters, if they did not come with the model.
+      model: from `load`, or what `build_sam2` returns, or another predictor, to share its model.
+      params: the model's parameters, if they do not come with it.
       mask_threshold: logit from which a pixel belongs to a mask.
       max_hole_area: holes of at most so many pixels of the S/4 mask are filled.
       max_sprinkle_area: regions of at most so many pixels of the S/4 mask are removed.
@@ -49,14 +49,14 @@ class SAM2ImagePredictor:
 
     def __init__(
         self,
-        model: SAM2 | tuple[SAM2, Any],
+        model: Any,
         params: Any = None,
         *,
         mask_threshold: float = 0.0,
         max_hole_area: int = 0,
         max_sprinkle_area: int = 0,
     ) -> None:
-        self.model, params = model if isinstance(model, tuple) else (model, params)
+        self.model, params = model_and_params(model, params)
         self.params = prepare_params(self.model, params)
         self.mask_threshold = mask_threshold
         self.max_hole_area = int(max_hole_area)
@@ -184,8 +184,8 @@ class SAM2ImagePredictor:
         return np.asarray(_embedding(self.model, self.params, self._features))
 
     def _set(self, images: Sequence[Any], *, is_batch: bool) -> None:
+        self.reset_predictor()  # first: nothing is answered for an image before one that failed
         arrays = [check_image(image) for image in images]
-        self.reset_predictor()
         ready = [preprocess(array[None], self.config.image_size) for array in arrays]
         self._features = encode_image(self.model, self.params, jnp.concatenate(ready))
         self._sizes, self._is_batch = [array.shape[:2] for array in arrays], is_batch

@@ -13,6 +13,7 @@ def check_image(image: Any) -> np.ndarray:
     """An image or a frame, uint8 RGB [H, W, 3] or a picture of Pillow's, as an array of its own:
     cameras fill the same buffer again and again."""
     mode = getattr(image, "mode", "RGB")
+    mode = mode if isinstance(mode, str) else "RGB"  # of a PyTorch tensor it is a method
     array = np.array(image)
     if mode != "RGB" or array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8:
         raise ValueError(
@@ -25,7 +26,9 @@ def check_image(image: Any) -> np.ndarray:
 
 
 def check_mask(mask: Any) -> np.ndarray:
-    """A mask of any size and type, nonzero where the object is: [h, w] bool."""
+    """A mask of any size and type, nonzero where the object is, or, as officially, of a PyTorch
+    tensor at least 0.5: [h, w] bool."""
+    is_tensor = hasattr(mask, "is_floating_point")
     mask = np.asarray(mask)
     if mask.ndim != 2 or 0 in mask.shape:
         raise ValueError(f"Expected a mask [h, w], got shape {mask.shape}.")
@@ -33,7 +36,8 @@ def check_mask(mask: Any) -> np.ndarray:
         raise TypeError(f"Expected a mask of numbers or booleans, got {mask.dtype}.")
     if not np.isfinite(mask).all():
         raise ValueError("The mask must be finite.")
-    return mask != 0  # Pillow's bilevel pictures are bools of 255, which XLA would add up as such
+    # Pillow's bilevel pictures are bools of 255, which XLA would add up as such.
+    return mask >= 0.5 if is_tensor else mask != 0
 
 
 def check_points(owner: str, points: Any, labels: Any, box: Any, clear_old_points: bool):

@@ -9,7 +9,31 @@ from typing import Any
 from sam2jax.loading import load
 from sam2jax.nn.sam2 import SAM2
 
-TORCH_OPTIONS = ("device", "mode", "vos_optimized")  # of the official builders
+# Of the official builders and their configuration files.
+TORCH_OPTIONS = ("device", "mode", "vos_optimized", "compile_image_encoder")
+
+
+def model_and_params(model: Any, params: Any) -> tuple[SAM2, Any]:
+    """What a predictor is made of: a model and its parameters, a pair of them, or what another
+    predictor has.
+
+    Raises:
+      TypeError: it is none of these.
+    """
+    if isinstance(model, SAM2):
+        if params is None:
+            raise TypeError("Expected the model's parameters, too: `load` returns both.")
+        return model, params
+    if params is not None:
+        raise TypeError("The model comes with its parameters: give options by their names.")
+    names = ("model", "params")
+    both = model if isinstance(model, tuple) else tuple(getattr(model, x, None) for x in names)
+    if len(both) != 2 or not isinstance(both[0], SAM2):
+        raise TypeError(
+            "Expected a model and its parameters, as `load` returns them, got "
+            f"{type(model).__name__}."
+        )
+    return both
 
 
 def load_with(

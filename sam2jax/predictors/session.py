@@ -7,6 +7,7 @@ from that history.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, Literal, Protocol
@@ -49,6 +50,10 @@ class ObjectHistory:
     pending_cond: dict[int, Record] = dataclasses.field(default_factory=dict)
     pending_recent: dict[int, Record] = dataclasses.field(default_factory=dict)
     tracked: dict[int, bool] = dataclasses.field(default_factory=dict)  # frame -> in reverse
+
+    def copy(self) -> ObjectHistory:
+        """Shares what is in the dictionaries: arrays are not written to."""
+        return ObjectHistory(**{name: dict(held) for name, held in vars(self).items()})
 
     def answer(self, frame: int, *, cond: bool) -> Record | None:
         """The latest answer on a frame, one that is pending first."""
@@ -128,6 +133,17 @@ class InferenceState:
     objects: dict[Hashable, ObjectHistory] = dataclasses.field(default_factory=dict)
     version: int = 0  # of what is remembered, raised by every change but tracking
     cached_features: tuple[int, ImageFeatures] | None = None  # of the frame looked at last
+
+    def __deepcopy__(self, memo: Any) -> InferenceState:
+        """A session of its own on the same video, which goes on from here."""
+        copies = {obj_id: history.copy() for obj_id, history in self.objects.items()}
+        return dataclasses.replace(self, frames=copy.deepcopy(self.frames, memo), objects=copies)
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "A session is copied by copy.deepcopy, and kept in a file by the predictor's "
+            "save_state, from which load_state takes it up."
+        )
 
     def __repr__(self) -> str:
         size = f"{self.video_width}x{self.video_height}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import os
 from collections.abc import Hashable, Iterator, Sequence
@@ -15,12 +16,12 @@ from sam2jax.io.reader import FrameReader
 from sam2jax.io.video import Source, Video, open_video
 from sam2jax.memory.policy import SAM2 as SAM2_POLICY
 from sam2jax.memory.policy import MemoryPolicy
-from sam2jax.nn.sam2 import SAM2, prepare_params
+from sam2jax.nn.sam2 import prepare_params
 from sam2jax.ops.masks import non_overlapping
 from sam2jax.predictors import saving
 from sam2jax.predictors.answers import Scores, masks_on, scores_on
 from sam2jax.predictors.inputs import check_mask, check_points
-from sam2jax.predictors.options import load_with
+from sam2jax.predictors.options import load_with, model_and_params
 from sam2jax.predictors.programs import Record
 from sam2jax.predictors.prompting import NO_POINTS, answer
 from sam2jax.predictors.propagation import Propagation, frames_at_once
@@ -34,6 +35,7 @@ PREDICTOR_OPTIONS = (
     "add_all_frames_to_correct_as_cond",
     "policy",
 )
+MODEL_OPTIONS = frozenset(field.name for field in dataclasses.fields(SAM2Config))
 
 
 class SAM2VideoPredictor:
@@ -44,8 +46,8 @@ class SAM2VideoPredictor:
     `propagate_in_video`, unless `add_all_frames_to_correct_as_cond=True`.
 
     Args:
-      model: from `load`.
-      params: its parameters.
+      model: from `load`, or what `build_sam2` returns, or another predictor, to share its model.
+      params: the model's parameters, if they do not come with it.
       non_overlap_masks: leave each pixel of the answers to one object.
       clear_non_cond_mem_around_input: forget tracked memories near a prompted frame, as the
         official option is documented to do (in the official code it raises an AttributeError).
@@ -57,8 +59,8 @@ class SAM2VideoPredictor:
 
     def __init__(
         self,
-        model: SAM2,
-        params: Any,
+        model: Any,
+        params: Any = None,
         *,
         non_overlap_masks: bool = False,
         clear_non_cond_mem_around_input: bool = False,
@@ -66,8 +68,8 @@ class SAM2VideoPredictor:
         policy: MemoryPolicy = SAM2_POLICY,
     ) -> None:
         check_policy(policy)
-        self.model = model
-        self.params = prepare_params(model, params)
+        self.model, params = model_and_params(model, params)
+        self.params = prepare_params(self.model, params)
         self.non_overlap_masks = non_overlap_masks
         self.clear_non_cond_mem_around_input = clear_non_cond_mem_around_input
         self.add_all_frames_to_correct_as_cond = add_all_frames_to_correct_as_cond
@@ -85,6 +87,11 @@ class SAM2VideoPredictor:
         """
         model, params, own = load_with(source, options, PREDICTOR_OPTIONS)
         return cls(model, params, **own)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in MODEL_OPTIONS:
+            raise AttributeError(f"{name} is compiled in: give it to `from_pretrained` or `load`.")
+        super().__setattr__(name, value)
 
     @property
     def config(self) -> SAM2Config:
@@ -198,7 +205,8 @@ class SAM2VideoPredictor:
     def add_new_mask(
         self, inference_state: InferenceState, frame_idx: int, obj_id: Hashable, mask: Any
     ) -> tuple[int, list[Hashable], np.ndarray]:
-        """Gives an object's mask on a frame: [h, w] of any size, nonzero where the object is.
+        """Gives an object's mask on a frame: [h, w] of any size, nonzero where the object is; of a
+        PyTorch tensor, as officially, at least 0.5.
 
         Arguments and results otherwise as in `add_new_points_or_box`.
         """

@@ -4,11 +4,12 @@ import pathlib
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from sam2jax.config import NO_POSTPROCESSING
 from sam2jax.testing import small_config
 from tests.parity.clips import REAL, SMALL, ellipse, load_clip
-from tests.parity.pairs import at, pair
+from tests.parity.pairs import at, iou, pair
 from tests.parity.sessions import SIZE, Both, Refused
 
 pytestmark = pytest.mark.parity
@@ -159,6 +160,22 @@ def test_removing_an_object_that_is_not_there_does_nothing(media: pathlib.Path):
     both.click(1, "a", (21, 35, 1))
     both.call("remove_object", obj_id=7)
     assert both.compared == 1 and list(both.our_state["obj_ids"]) == ["a"]
+
+
+@pytest.mark.parametrize("scale", ["soft", "signed"])
+def test_of_a_tensor_the_object_is_where_it_is_at_least_half(media: pathlib.Path, scale: str):
+    """Official masks that are tensors keep their values; resized, they are cut at 0.5."""
+    config = small_config()
+    both = Both(pair(config, seed=4), load_clip(media, config.image_size, LENGTH), SMALL)
+    rows, columns = torch.meshgrid(*(torch.linspace(-3, 3, n) for n in SIZE), indexing="ij")
+    mask = torch.sigmoid(3 - rows**2 - columns**2)
+    if scale == "signed":
+        mask = torch.where(mask >= 0.5, 1.0, -1.0)
+    given = {"frame_idx": 0, "obj_id": 1, "mask": mask}
+    theirs = both.theirs.add_new_mask(both.their_state, **given)[2].numpy() > 0
+    ours = both.ours.add_new_mask(both.our_state, **given)[2] > 0
+    assert 0.2 < theirs.mean() < 0.5
+    assert iou(ours, theirs) > 0.97  # ours is cut before it is resized: some of its edge differs
 
 
 def test_of_conditioning_frames_equally_far_the_first_prompted_is_read(media: pathlib.Path):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sam2jax.io.images import image_dimensions, list_frames, open_image, read_labels
+from sam2jax.io.images import image_dimensions, list_images, open_image, read_labels
 from sam2jax.training.data.clip import RawClip
 from sam2jax.training.data.config import FolderSource
 from sam2jax.training.data.sampling import list_names, require_folder, sample_clip
@@ -108,4 +108,4 @@ def _open(images: pathlib.Path, masks: pathlib.Path) -> PaletteVideo | ObjectFol
 
 def _by_number(folder: pathlib.Path) -> dict[int | str, pathlib.Path]:
     """The pictures of a folder in order; 5 and 00005 are the same frame."""
-    return {int(p.stem) if p.stem.isdecimal() else p.stem: p for p in list_frames(folder)}
+    return {int(p.stem) if p.stem.isdecimal() else p.stem: p for p in list_images(folder)}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sam2jax.io.images import list_frames, open_image
+from sam2jax.io.images import list_images, open_image
 from sam2jax.training.data.clip import RawClip
 from sam2jax.training.data.config import ImagesSource
 from sam2jax.training.data.runlengths import decode_masks, read_json
@@ -64,7 +64,7 @@ class ImagesReader:
         if source.file_list is not None:
             wanted = set(list_names(source.images, source.file_list))
         if masks.is_dir():
-            paths = [p for p in list_frames(source.images) if wanted is None or p.stem in wanted]
+            paths = [p for p in list_images(source.images) if wanted is None or p.stem in wanted]
             self._entries = [(path, masks / f"{path.stem}.json") for path in paths]
             self._annotations: dict[pathlib.Path, list[Any]] | None = None
         else:
