@@ -26,14 +26,19 @@ def model_and_params(model: Any, params: Any) -> tuple[SAM2, Any]:
         return model, params
     if params is not None:
         raise TypeError("The model comes with its parameters: give options by their names.")
-    names = ("model", "params")
-    both = model if isinstance(model, tuple) else tuple(getattr(model, x, None) for x in names)
-    if len(both) != 2 or not isinstance(both[0], SAM2):
-        raise TypeError(
-            "Expected a model and its parameters, as `load` returns them, got "
-            f"{type(model).__name__}."
+    both = (
+        model
+        if isinstance(model, tuple)
+        else (
+            getattr(model, "model", None),
+            getattr(model, "params", None),
         )
-    return both
+    )
+    if len(both) == 2 and isinstance(both[0], SAM2):
+        return both[0], both[1]
+    raise TypeError(
+        f"Expected a model and its parameters, as `load` returns them, got {type(model).__name__}."
+    )
 
 
 def load_with(
