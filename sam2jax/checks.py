@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax.numpy as jnp
 
 from sam2jax.config import SAM2Config
 from sam2jax.types import Array, Prompts
+
+
+def check_model(model: Any, params: Any) -> None:
+    """A model and its parameters, in this order."""
+    if not isinstance(getattr(model, "config", None), SAM2Config):
+        raise TypeError(f"Expected a model, as `load` returns it, got a {type(model).__name__}.")
+    if not isinstance(params, Mapping) or "image_encoder" not in params:
+        inside = f" of {list(params)[:3]}" if isinstance(params, Mapping) else ""
+        raise TypeError(
+            "Expected the model's parameters, as `load` returns them, got a "
+            f"{type(params).__name__}{inside}."
+        )
 
 
 def check_frame(config: SAM2Config, frame: Array, *, leading: int = 0) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import math
 import os
 from typing import Any
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import export
 from jax.core import Tracer
 
 _LONG = 160  # characters
@@ -21,6 +24,16 @@ class Tree(struct.PyTreeNode):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(repr=False, **kwargs)
+        # So that functions of states and prompts can be exported. Ours alone: in notebooks names
+        # come again and again.
+        if cls.__module__.partition(".")[0] == __package__:
+            with contextlib.suppress(ValueError):  # the module is loaded once more
+                export.register_pytree_node_serialization(
+                    cls,
+                    serialized_name=f"{cls.__module__}.{cls.__qualname__}",
+                    serialize_auxdata=lambda static: json.dumps(static).encode(),
+                    deserialize_auxdata=lambda static: tuple(json.loads(static)),
+                )
 
     def __repr__(self) -> str:
         return describe(self)

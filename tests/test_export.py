@@ -110,6 +110,23 @@ def test_trees_hold_everything(params):
     jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
+def test_functions_of_states_are_exported_too(tmp_path, params):
+    """And read by another process, which has seen none of the types before."""
+    state = sam2jax.init_state(MODEL, 2, policy=sam2jax.memory.sam2long())
+    exported = jax.export.export(jax.jit(lambda state, prompts: (prompts, state)))(state, PROMPTS)
+    path = tmp_path / "program"
+    path.write_bytes(exported.serialize())
+    code = f"""
+import jax, pathlib, sam2jax
+again = jax.export.deserialize(bytearray(pathlib.Path({str(path)!r}).read_bytes()))
+prompts, state = jax.tree.unflatten(again.out_tree, range(again.out_tree.num_leaves))
+print(type(prompts) is sam2jax.Prompts, type(state) is sam2jax.TrackState, state.lineages)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["True", "True", str(state.lineages)]
+    assert state.lineages > 1
+
+
 def test_what_is_refused(tmp_path, params):
     with pytest.raises(ValueError, match="of cpu, cuda, tpu; got metal"):
         export_programs(MODEL, params, tmp_path / "x", platforms=["metal"])

@@ -269,6 +269,26 @@ def test_what_does_not_fit_is_refused_before_compiling(params, call, error, mess
         sam2jax.step(MODEL, params, *call(state, clip(1)[0]))
 
 
+def test_model_and_parameters_are_told_apart(params):
+    state, frame = sam2jax.init_state(MODEL, 2), clip(1)[0]
+    features = sam2jax.encode_image(MODEL, params, frame[None])
+    for call in (
+        lambda model, params: sam2jax.step(model, params, state, frame),
+        lambda model, params: sam2jax.condition(model, params, state, frame, FIRST, 0),
+        lambda model, params: sam2jax.track(model, params, frame[None], FIRST),
+        lambda model, params: sam2jax.track(model, params, frame[None, None], FIRST),
+        lambda model, params: sam2jax.encode_image(model, params, frame[None]),
+        lambda model, params: sam2jax.decode_masks(model, params, features, FIRST),
+    ):
+        for given, message in (
+            ((params, MODEL), "a model, .* got a dict"),
+            ((MODEL, None), "parameters, .* got a NoneType"),
+            ((MODEL, {"params": params}), r"got a dict of \['params'\]"),
+        ):
+            with pytest.raises(TypeError, match=message):
+                call(*given)
+
+
 def test_a_state_of_another_model_is_refused(params):
     state = sam2jax.init_state(sam2jax.SAM2(small_config(image_size=128)), 1)
     with pytest.raises(ValueError, match="another model"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import signal
 import sys
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -254,6 +255,40 @@ def test_a_checkpoint_of_another_state_is_refused(tmp_path):
         assert data == {"epoch": 1} and state["a"].tolist() == [1] * 4
         with pytest.raises(ValueError, match="not of this configuration"):
             checkpoints.load({"b": jnp.zeros(4), "c": jnp.zeros(2)})
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("call", ["save_async", "close"])
+def test_a_signal_waits_until_a_checkpoint_is_begun_or_written(tmp_path, monkeypatch, number, call):
+    """Left half-way, Orbax's threads would keep the process for ever."""
+
+    class Told(BaseException):
+        pass
+
+    def tell(number, frame):
+        raise Told
+
+    before = signal.signal(number, tell)
+    try:
+        checkpoints = Checkpoints(tmp_path / "run", 2)
+        real, finished = getattr(checkpoints._checkpointer, call), []
+
+        def disturbed(*args, **given):
+            signal.raise_signal(number)
+            real(*args, **given)
+            finished.append(call)
+
+        monkeypatch.setattr(checkpoints._checkpointer, call, disturbed)
+        with pytest.raises(Told):
+            checkpoints.save(3, {"a": jnp.ones(4)}, {})
+            checkpoints.close()
+        assert finished == [call] and signal.getsignal(number) is tell
+        if call == "save_async":
+            checkpoints.close()
+        with Checkpoints(tmp_path / "run", 2) as again:
+            assert again.latest == 3
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_run_that_diverges_stores_no_such_state(tmp_path, monkeypatch):

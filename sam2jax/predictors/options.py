@@ -26,14 +26,8 @@ def model_and_params(model: Any, params: Any) -> tuple[SAM2, Any]:
         return model, params
     if params is not None:
         raise TypeError("The model comes with its parameters: give options by their names.")
-    both = (
-        model
-        if isinstance(model, tuple)
-        else (
-            getattr(model, "model", None),
-            getattr(model, "params", None),
-        )
-    )
+    both = getattr(model, "model", None), getattr(model, "params", None)
+    both = model if isinstance(model, tuple) else both
     if len(both) == 2 and isinstance(both[0], SAM2):
         return both[0], both[1]
     raise TypeError(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sam2jax.checks import check_prompts
+from sam2jax.checks import check_model, check_prompts
 from sam2jax.config import SAM2Config
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.ops.masks import stability_score
@@ -30,6 +30,7 @@ def encode_image(model: SAM2, params: Any, images: Array) -> ImageFeatures:
     Raises:
       ValueError, TypeError: it is no such array.
     """
+    check_model(model, params)
     size = model.config.image_size
     expected = f"uint8 RGB [B, H, W, 3], or float [B, {size}, {size}, 3] already normalised"
     shape, dtype = getattr(images, "shape", None), getattr(images, "dtype", None)
@@ -71,6 +72,7 @@ def decode_masks(
     Raises:
       ValueError, TypeError: prompts hold masks, or do not fit the model.
     """
+    check_model(model, params)
     if prompts.mask is not None:
         raise ValueError("Images take earlier answers as mask prompts: give logits, not a mask.")
     check_prompts(model.config, prompts, prompts.num_objects)

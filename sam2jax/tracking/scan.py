@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from sam2jax.checks import check_frame, check_prompts
+from sam2jax.checks import check_frame, check_model, check_prompts
 from sam2jax.memory.policy import SAM2 as SAM2_POLICY
 from sam2jax.memory.policy import MemoryPolicy
 from sam2jax.nn.sam2 import SAM2
@@ -52,7 +52,8 @@ def track(
 
     Several videos are tracked at once where frames have a leading [V]; prompts, state and answers
     then have it, too. Shorter ones are padded, and say so by `lengths`; videos with fewer objects
-    have some that are never prompted (`Prompts.stack` pads). Answers are those of each alone.
+    have some that are never prompted (`Prompts.stack` pads). Answers are those of each alone, but
+    for rounding.
 
     Args:
       model: static description, from `load`.
@@ -61,8 +62,10 @@ def track(
         time, also in reverse. [V, T, H, W, 3] for several videos.
       prompts: by frame index; or those of the first frame to be tracked. Frames outside of this
         chunk are passed over (`condition` remembers them).
-      state: where to continue; None: a new clip, whose first frame has index 0, with room for
-        every prompted frame. `frames` begin at `state.frame_index`, or end there in reverse.
+      state: where to continue; None: a new clip of these frames, whose first one has index 0,
+        with room for every prompted frame. Of a clip that comes in chunks the first, too, is given
+        a state: `init_state` is told how long all of it is. `frames` begin at `state.frame_index`,
+        or end there in reverse.
       lengths: [V] int32, how many of these T frames are each of several videos' own; behind them
         nothing is answered or remembered.
       reverse: from the last frame to the first.
@@ -81,6 +84,7 @@ def track(
     Raises:
       ValueError, TypeError: shapes or dtypes do not fit.
     """
+    check_model(model, params)
     if getattr(frames, "ndim", 0) == 5:
         given = {
             "reverse": reverse,

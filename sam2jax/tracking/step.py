@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sam2jax.checks import check_frame, check_prompts
+from sam2jax.checks import check_frame, check_model, check_prompts
 from sam2jax.config import SAM2Config
 from sam2jax.memory.policy import SAM2 as SAM2_POLICY
 from sam2jax.memory.policy import MemoryPolicy
@@ -52,6 +52,7 @@ def step(
     Raises:
       ValueError, TypeError: shapes or dtypes do not fit.
     """
+    check_model(model, params)
     check_state(model.config, state, policy)
     check_frame(model.config, frame)
     if prompts is not None:
@@ -85,6 +86,7 @@ def condition(
     Returns:
       The state with the frame in its banks; the frame to be processed next is the same.
     """
+    check_model(model, params)
     check_state(model.config, state, policy)
     check_frame(model.config, frame)
     check_prompts(model.config, prompts, state.num_objects)

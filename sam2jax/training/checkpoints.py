@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
+import signal
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -37,7 +41,8 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        self._checkpointer.close()
+        with _undisturbed():
+            self._checkpointer.close()
 
     @property
     def latest(self) -> int | None:
@@ -47,7 +52,8 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
         """Begins to write; training may go on, and give the state's memory away."""
-        self._checkpointer.save_async(step, state, custom_metadata={"data": json.dumps(data)})
+        with _undisturbed():
+            self._checkpointer.save_async(step, state, custom_metadata={"data": json.dumps(data)})
 
     def load(self, like: Any) -> tuple[TrainState, dict[str, Any]]:
         """The newest one, with the shapes and shardings of `like`, and where the data were.
@@ -67,3 +73,22 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(state)), json.loads(
             metadata["data"]
         )
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Puts off Ctrl-C and termination: where Orbax is left while it begins to write, or before it
+    has ended, its threads keep the process for ever."""
+    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
+        yield
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if came:
+            signal.raise_signal(came[0])

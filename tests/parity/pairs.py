@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 from flax.traverse_util import unflatten_dict
 
-from sam2jax.config import VARIANTS, SAM2Config
+from sam2jax.config import NANO, VARIANTS, SAM2Config
+from sam2jax.convert import convert, read
 from sam2jax.convert.layouts import to_params
 from sam2jax.nn.sam2 import SAM2
 from tests import oracle
@@ -56,6 +60,16 @@ def pair(config: SAM2Config, seed: int = 0, score_shift: float = 0.0) -> Pair:
     tensors = {name: tensor.numpy() for name, tensor in official.state_dict().items()}
     params = jax.tree.map(jnp.asarray, unflatten_dict(to_params(tensors, "official"), sep="/"))
     return Pair(SAM2(config), params, official)
+
+
+def shipped() -> Pair:
+    """The model that ships: ours as it is loaded, and the official one from a `.pt` made of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "nano.pt"
+        convert(NANO.name, path)
+        state = torch.load(path, weights_only=True)["model"]
+    params = jax.device_put(unflatten_dict(read(NANO.name).params(), sep="/"))
+    return Pair(SAM2(NANO), params, oracle.filled(oracle.construct(NANO), state))
 
 
 def assert_close(ours: Any, theirs: Any, bar: float, what: str = "") -> None:

@@ -3,23 +3,18 @@ weights make none."""
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
-import torch
-from flax.traverse_util import unflatten_dict
 
 import sam2jax
 from sam2jax.config import NANO
-from sam2jax.convert import convert, read
 from sam2jax.evaluation.metrics import region_similarity
-from sam2jax.nn.sam2 import SAM2
 from sam2jax.training.data.clip import Clip, middle
 from sam2jax.training.data.config import HARD, SceneConfig
 from sam2jax.training.data.procedural import procedural_clip
 from tests import oracle
 from tests.parity.clips import REAL
-from tests.parity.pairs import Pair
+from tests.parity.pairs import Pair, shipped
 from tests.parity.sessions import Both
 from tests.parity.test_images import agree, same_records
 
@@ -34,13 +29,8 @@ MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
 @pytest.fixture(scope="module")
-def nano(tmp_path_factory) -> Pair:
-    """Ours as it is loaded, and the official model from the `.pt` file made of it."""
-    path = tmp_path_factory.mktemp("nano") / "nano.pt"
-    convert(NANO.name, path)
-    state = torch.load(path, weights_only=True)["model"]
-    params = jax.device_put(unflatten_dict(read(NANO.name).params(), sep="/"))
-    return Pair(SAM2(NANO), params, oracle.filled(oracle.construct(NANO), state))
+def nano() -> Pair:
+    return shipped()
 
 
 @pytest.fixture(scope="module", params=["plain", HARD])
