@@ -170,10 +170,11 @@ def test_two_processes_of_four_devices_equal_one(tmp_path, expected):
 
 
 def test_batches_must_divide_the_clip():
+    params = random_params(MODEL.config, seed=3)
     with pytest.raises(ValueError, match="must divide the 5 frames"):
-        sam2jax.track(MODEL, {}, clip(5), TWO, frames_at_once=2)
+        sam2jax.track(MODEL, params, clip(5), TWO, frames_at_once=2)
     with pytest.raises(ValueError, match="must divide"):
-        sam2jax.track(MODEL, {}, clip(4)[None], sam2jax.Prompts.stack([TWO]), frames_at_once=0)
+        sam2jax.track(MODEL, params, clip(4)[None], sam2jax.Prompts.stack([TWO]), frames_at_once=0)
 
 
 @pytest.mark.slow
