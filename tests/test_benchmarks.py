@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import kernels, pooling, timing
+from benchmarks import deviceless, kernels, pooling, timing
 from benchmarks.timing import compare
 from sam2jax.ops.attention import _online
 from sam2jax.ops.linear import gelu
@@ -159,3 +159,47 @@ def test_the_candidates_gelu_is_exact():
     x = jnp.linspace(-12, 12, 10_001)
     exact = [0.5 * v * math.erfc(-v / math.sqrt(2)) for v in x.tolist()]
     np.testing.assert_allclose(hopper_linear.gelu(x), exact, rtol=1e-6, atol=4e-7)
+
+
+PROGRAM = """
+%slices (p.1: f32[8,1024]) -> f32[1024] {
+  %p.1 = f32[8,1024]{1,0} parameter(0)
+  ROOT %s = f32[1,1024]{1,0} slice(%p.1), slice={[0:1], [0:1024]}
+}
+
+%turn (p.2: f32[1000000]) -> f32[1000000] {
+  %p.2 = f32[1000000]{0} parameter(0)
+  ROOT %twice = f32[1000000]{0} add(%p.2, %p.2)
+}
+
+%idle (p.3: f32[1000000]) -> f32[1000000] {
+  ROOT %p.3 = f32[1000000]{0} parameter(0)
+}
+
+ENTRY %main (a: bf16[4096,512], b: bf16[512,2048], c: f32[8,1024], d: f32[1000000]) -> f32[1] {
+  %a = bf16[4096,512]{1,0} parameter(0)
+  %b = bf16[512,2048]{1,0} parameter(1)
+  %c = f32[8,1024]{1,0} parameter(2)
+  %d = f32[1000000]{0} parameter(3)
+  %dot = (bf16[4096,2048]{1,0}, s8[33554432]{0}) custom-call(%a, %b), \
+custom_call_target="__cublas$lt$matmul", backend_config={"lhs_contracting_dimensions":["1"]}
+  %row = f32[1,1024]{1,0} fusion(%c), kind=kLoop, calls=%slices
+  %which = f32[1000000]{0} conditional(%c, %d, %d), branch_computations={%idle, %turn}
+  ROOT %many = f32[1000000]{0} while(%which), condition=%x, body=%turn, \
+backend_config={"known_trip_count":{"n":"3"}}
+}
+""".replace("\\\n", "")
+
+
+def test_programs_are_read_without_a_device():
+    """Products by their work, of what is sliced the slices, the dearer branch, and all turns."""
+    found = deviceless.operations(*deviceless.computations(PROGRAM))
+    assert [(x.name, x.kind) for x in found] == [
+        ("dot", "product"),
+        ("row", "other"),
+        *[("twice", "other")] * 4,
+    ]
+    product, row, addition = found[0].seconds, found[1].seconds, found[2].seconds
+    assert product == 2 * 4096 * 512 * 2048 / deviceless.RATE
+    assert row == deviceless.LEAST
+    assert addition == 3 * 4e6 / deviceless.BANDWIDTH
