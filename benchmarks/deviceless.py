@@ -51,6 +51,7 @@ device_description_str: "NVIDIA H200"
 ALL = [f"sam2.1_hiera_{name}" for name in ("tiny", "small", "base_plus", "large")]
 OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 KINDS = ("product", "other", "kernel")
+UPDATES = {"scatter": 2, "dynamic-update-slice": 1}  # operands that are written in place
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"}
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
 
@@ -69,7 +70,8 @@ def compiled_step(config: SAM2Config, objects: int) -> str:
     model = SAM2(config)
 
     def shapes(params: Any) -> Any:
-        return sam2jax.prepare_params(model, params), sam2jax.init_state(model, objects)
+        state = sam2jax.init_state(model, objects, max_cond_frames=1)
+        return sam2jax.prepare_params(model, params), state
 
     params, state = jax.eval_shape(shapes, param_shapes(config))
     frame = jax.ShapeDtypeStruct((config.image_size, config.image_size, 3), jnp.uint8)
@@ -147,20 +149,23 @@ def operation(found: dict[str, list[Instruction]], x: Instruction, given: list[s
         work = 2 * math.prod(arrays(x.shape)[0][1]) * depth
         return Operation(x.name, "product", max(moved / BANDWIDTH, work / RATE, LEAST))
     if called := re.search(r"calls=%?([\w.\-]+)", x.line):
-        moved = size(x.shape) + read_by(found[called[1]])
+        moved = moved_by(found[called[1]])
     kind = "kernel" if "triton" in x.line and x.operation == "custom-call" else "other"
     return Operation(x.name, kind, max(moved / BANDWIDTH, LEAST))
 
 
-def read_by(fused: list[Instruction]) -> int:
-    """Bytes that a fusion reads: of what is only sliced, the slices."""
-    read = 0
+def moved_by(fused: list[Instruction]) -> int:
+    """Bytes of a fusion: of what is only sliced, the slices; of what is written in place, that."""
+    shapes = {x.name: x.shape for x in fused}
+    (root,) = (x for x in fused if x.line.lstrip().startswith("ROOT"))
+    place = root.operation in UPDATES and root.operands[0]
+    moved = size(shapes[root.operands[UPDATES[root.operation]]] if place else root.shape)
     for x in fused:
-        if x.operation == "parameter":
+        if x.operation == "parameter" and x.name != place:
             uses = [y for y in fused if x.name in y.operands]
             sliced = all(y.operation in ("slice", "dynamic-slice", "gather") for y in uses)
-            read += sum(size(y.shape) for y in uses) if uses and sliced else size(x.shape)
-    return read
+            moved += sum(size(y.shape) for y in uses) if uses and sliced else size(x.shape)
+    return moved
 
 
 def total(found: list[Operation]) -> float:
