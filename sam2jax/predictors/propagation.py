@@ -224,3 +224,10 @@ def frame_features(model: SAM2, params: Any, state: InferenceState, frame: int) 
 def stored(record: Record, state: InferenceState) -> Record:
     """A record where the session keeps such."""
     return jax.device_get(record) if state.offload_state_to_cpu else record
+
+
+def stop_at(start: int, count: int | None, reverse: bool) -> int | None:
+    """One past the last frame; None: the end of the video."""
+    if reverse:
+        return -1 if count is None else max(start - count, 0) - 1
+    return None if count is None else start + count + 1

@@ -168,6 +168,16 @@ class InferenceState:
         return getattr(self, name)
 
 
+def check_session(state: Any) -> InferenceState:
+    if not isinstance(state, InferenceState):
+        raise TypeError(f"Expected what init_state returned, got {type(state).__name__}.")
+    return state
+
+
+def unknown_object(state: InferenceState, obj_id: Hashable) -> RuntimeError:
+    return RuntimeError(f"There is no object {obj_id!r}; the objects are {state.obj_ids}.")
+
+
 def build_state(
     config: SAM2Config,
     policy: MemoryPolicy,

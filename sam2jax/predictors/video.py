@@ -24,8 +24,14 @@ from sam2jax.predictors.inputs import check_mask, check_points
 from sam2jax.predictors.options import load_with, model_and_params
 from sam2jax.predictors.programs import Record
 from sam2jax.predictors.prompting import NO_POINTS, answer
-from sam2jax.predictors.propagation import Propagation, frames_at_once
-from sam2jax.predictors.session import History, InferenceState, ObjectHistory
+from sam2jax.predictors.propagation import Propagation, frames_at_once, stop_at
+from sam2jax.predictors.session import (
+    History,
+    InferenceState,
+    ObjectHistory,
+    check_session,
+    unknown_object,
+)
 from sam2jax.tracking.state import check_policy, require_memory
 
 # Options of the predictor itself; all others belong to the model's configuration.
@@ -243,7 +249,7 @@ class SAM2VideoPredictor:
         Raises:
           RuntimeError: an object has no prompt; or objects were removed while the loop ran.
         """
-        state = _check_state(inference_state)
+        state = check_session(inference_state)
         if start_frame_idx is not None:
             start_frame_idx = self._check_frame(state, start_frame_idx)
         if max_frame_num_to_track is not None:
@@ -255,7 +261,7 @@ class SAM2VideoPredictor:
             start = min(frame for history in state.objects.values() for frame in history.cond)
         if reverse and start == 0:
             return
-        stop = _stop(start, max_frame_num_to_track, reverse)
+        stop = stop_at(start, max_frame_num_to_track, reverse)
         run = Propagation(
             *(self.model, self.params, self.policy, state, frames_at_once()), reverse=reverse
         )
@@ -268,7 +274,7 @@ class SAM2VideoPredictor:
 
         An object without an answer there has the score -1024 and the IoU 0.
         """
-        state = _check_state(inference_state)
+        state = check_session(inference_state)
         return scores_on(state, self._check_frame(state, frame_idx))
 
     def clear_all_prompts_in_frame(
@@ -313,10 +319,10 @@ class SAM2VideoPredictor:
         Raises:
           RuntimeError: there is no such object, and `strict`.
         """
-        state = _check_state(inference_state)
+        state = check_session(inference_state)
         if obj_id not in state.objects:
             if strict:
-                raise _unknown_object(state, obj_id)
+                raise unknown_object(state, obj_id)
             return state.obj_ids, []
         history = state.objects.pop(obj_id)
         state.version += 1
@@ -327,7 +333,7 @@ class SAM2VideoPredictor:
 
     def reset_state(self, inference_state: InferenceState) -> None:
         """Forgets all objects; the video stays open."""
-        state = _check_state(inference_state)
+        state = check_session(inference_state)
         state.objects.clear()
         state.version += 1
 
@@ -336,7 +342,7 @@ class SAM2VideoPredictor:
 
         The video is not written. Object ids must be strings, numbers, or tuples of them.
         """
-        saving.save(path, self.config, _check_state(inference_state))
+        saving.save(path, self.config, check_session(inference_state))
 
     def load_state(
         self, path: PathLike, video_path: Source | Video | None = None
@@ -385,10 +391,10 @@ class SAM2VideoPredictor:
         self, inference_state: InferenceState, frame_idx: Any, obj_id: Hashable, known: bool = False
     ) -> tuple[InferenceState, int, ObjectHistory]:
         """The arguments of most calls, checked; a new object's history is empty."""
-        state = _check_state(inference_state)
+        state = check_session(inference_state)
         frame = self._check_frame(state, frame_idx)
         if known and obj_id not in state.objects:
-            raise _unknown_object(state, obj_id)
+            raise unknown_object(state, obj_id)
         return state, frame, state.objects.get(obj_id) or ObjectHistory()
 
     def _answer(self, *given: Any, **options: Any) -> Record:
@@ -437,20 +443,3 @@ class SAM2VideoPredictor:
         """[H, W] of each object -> [N, 1, H, W], exclusive if asked for."""
         stacked = np.stack([np.asarray(mask) for mask in masks])
         return (non_overlapping(stacked) if self.non_overlap_masks else stacked)[:, None]
-
-
-def _stop(start: int, count: int | None, reverse: bool) -> int | None:
-    """One past the last frame; None: the end of the video."""
-    if reverse:
-        return -1 if count is None else max(start - count, 0) - 1
-    return None if count is None else start + count + 1
-
-
-def _check_state(state: Any) -> InferenceState:
-    if not isinstance(state, InferenceState):
-        raise TypeError(f"Expected what init_state returned, got {type(state).__name__}.")
-    return state
-
-
-def _unknown_object(state: InferenceState, obj_id: Hashable) -> RuntimeError:
-    return RuntimeError(f"There is no object {obj_id!r}; the objects are {state.obj_ids}.")
