@@ -2,6 +2,7 @@
 weights make none."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -43,20 +44,39 @@ def preprocessed(frames: np.ndarray) -> np.ndarray:
     return (frames.astype(np.float32) / 255 - MEAN) / STD
 
 
+def prompt_decidedly(both: Both, frame: int, obj: str, prompt: Callable[[int], None]) -> None:
+    """Prompts a pixel further, where rounding decides about a pixel of the answer: memories are
+    encoded from signs. `prompt` is given by how many pixels."""
+    for shift in range(4):
+        prompt(shift)
+        if not both.is_undecided(frame, obj):
+            return
+    raise AssertionError(f"{obj}, frame {frame}: no answer is decided")
+
+
+def click_decidedly(both: Both, frame: int, obj: str, at: tuple, *others: tuple) -> None:
+    x, y = at
+    prompt_decidedly(both, frame, obj, lambda by: both.click(frame, obj, (x + by, y, 1), *others))
+
+
 def test_tracking_and_corrections(nano: Pair, clip: Clip):
     """From clicks, a box and a mask; then a correction of each on a frame that was tracked."""
     both = Both(nano, preprocessed(clip.frames), BARS, size=(SIZE, SIZE))
     clicked, boxed, masked = clip.masks[0]
-    both.click(0, "clicked", (*middle(clicked), 1))
+    click_decidedly(both, 0, "clicked", middle(clicked))
     rows, columns = np.nonzero(boxed)
-    both.box(0, "boxed", (columns.min(), rows.min(), columns.max(), rows.max()))
+    left, top, right, low = columns.min(), rows.min(), columns.max(), rows.max()
+    prompt_decidedly(
+        both, 0, "boxed", lambda by: both.box(0, "boxed", (left, top, right + by, low))
+    )
     both.mask(0, "masked", masked)
     both.propagate()
     for obj, truth in zip(("clicked", "boxed", "masked"), clip.masks[8], strict=True):
         if truth.any():
-            both.click(8, obj, (*middle(truth), 1), (*middle(~clip.masks[8].any(0)), 0))
+            outside = (*middle(~clip.masks[8].any(0)), 0)
+            click_decidedly(both, 8, obj, middle(truth), outside)
     both.propagate(4)
-    both.click(2, "late", (*middle(clip.masks[2].any(0)), 1))
+    click_decidedly(both, 2, "late", middle(clip.masks[2].any(0)))
     both.propagate(LENGTH - 1, reverse=True)
     assert both.compared >= 3 + 2 + 3 * LENGTH - 4
 
