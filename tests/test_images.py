@@ -175,8 +175,10 @@ def test_what_predictors_are_made_of(params):
         sam2jax.SAM2ImagePredictor,
         sam2jax.SAM2AutomaticMaskGenerator,
         sam2jax.SAM2VideoPredictor,
+        sam2jax.SAM2CameraPredictor,
     ):
         assert predictor(video).model is predictor((MODEL, params)).model is MODEL
+        assert sam2jax.SAM2ImagePredictor(predictor(video)).model is MODEL
         for given, message in (
             (((MODEL, params), 0.5), "by their names"),
             ((MODEL,), "parameters, too"),

@@ -41,6 +41,7 @@ class SAM2CameraPredictor:
 
     def __init__(self, model: Any, params: Any = None, **options: Any) -> None:
         self._predictor = SAM2VideoPredictor(model, params, **options)
+        self.model, self.params = self._predictor.model, self._predictor.params
         require_memory(self.config)
         self._state: InferenceState | None = None
         self._run: Propagation | None = None
