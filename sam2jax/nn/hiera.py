@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
@@ -19,6 +21,7 @@ from sam2jax.nn.layers import (
 from sam2jax.ops.attention import self_attention
 from sam2jax.ops.conv import max_pool_2x2
 from sam2jax.ops.linear import gelu, linear
+from sam2jax.ops.pieces import by_pieces
 from sam2jax.ops.resize import resize_bicubic
 from sam2jax.types import Array
 
@@ -36,24 +39,43 @@ class MultiScaleAttention(nn.Module):
     dtype: jnp.dtype
     kernels: bool
 
-    def setup(self) -> None:
-        self.qkv = Projection(self.in_features, 3 * self.features)
-        self.proj = Linear(self.features, self.dtype, rounded=False)
-
+    @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel, bias = self.qkv()
-        qkv = linear(x, kernel, bias, self.dtype)
-        query = max_pool_2x2(qkv[..., : self.features]) if self.pool else None
-        # Official windows are filled up with zeros before they are projected.
-        out = self_attention(
-            qkv,
-            bias,
-            self.num_heads,
+        qkv = Projection(self.in_features, 3 * self.features, name="qkv")()
+        proj = Projection(self.features, self.features, name="proj")()
+        attend = functools.partial(
+            _attend,
+            num_heads=self.num_heads,
             window=self.window,
-            query=query,
-            kernel=self.kernels,
+            pool=self.pool,
+            dtype=self.dtype,
+            kernels=self.kernels,
         )
-        return self.proj(out)
+        _, height, width, channels = x.shape
+        if not self.window or height % self.window:
+            return attend(x, qkv, proj)
+        # A row of windows is as good as an image.
+        item, values = (self.window, width, channels), self.window * width * 3 * self.features
+        return by_pieces(attend, x, qkv, proj, item=item, values=values)
+
+
+def _attend(
+    x: Array,
+    qkv: tuple[Array, Array],
+    proj: tuple[Array, Array],
+    *,
+    num_heads: int,
+    window: int,
+    pool: bool,
+    dtype: jnp.dtype,
+    kernels: bool,
+) -> Array:
+    features = len(proj[1])
+    projected = linear(x, *qkv, dtype)
+    query = max_pool_2x2(projected[..., :features]) if pool else None
+    # Official windows are filled up with zeros before they are projected.
+    out = self_attention(projected, qkv[1], num_heads, window=window, query=query, kernel=kernels)
+    return linear(out, *proj, dtype, rounded=False)
 
 
 class MultiScaleBlock(nn.Module):

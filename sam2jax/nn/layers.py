@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sam2jax.ops import conv as conv_ops
-from sam2jax.ops.linear import layer_norm, linear
+from sam2jax.ops.linear import layer_norm, linear, mlp
 from sam2jax.types import Array
 
 # PyTorch's default for linear layers and convolutions.
@@ -131,17 +131,11 @@ class MLP(nn.Module):
     activation: Callable[[Array], Array] = jax.nn.relu
     rounded: bool = True
 
-    def setup(self) -> None:
-        last = len(self.features) - 1
-        self.layers = [
-            Linear(width, self.dtype, rounded=self.rounded or i < last)
-            for i, width in enumerate(self.features)
-        ]
-
+    @nn.compact
     def __call__(self, x: Array) -> Array:
-        for layer in self.layers[:-1]:
-            x = self.activation(layer(x))
-        return self.layers[-1](x)
+        widths = zip((x.shape[-1], *self.features), self.features, strict=False)
+        layers = [Projection(*width, name=f"layers_{i}")() for i, width in enumerate(widths)]
+        return mlp(x, layers, self.activation, self.dtype, rounded=self.rounded)
 
 
 def dropout(module: nn.Module, x: Array, rate: float) -> Array:

@@ -9,13 +9,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from sam2jax.config import SAM2Config
 from sam2jax.nn.layers import LayerNorm, Linear, Projection, dropout
 from sam2jax.ops.attention import MASKED, attention, fold_heads
 from sam2jax.ops.conv import average_pool
-from sam2jax.ops.linear import einsum, linear
+from sam2jax.ops.linear import einsum, linear, mlp
+from sam2jax.ops.memory import attend_to_maps, place_after, place_in
 from sam2jax.ops.position import sine_2d
 from sam2jax.ops.rope import project_and_rotate, rope_table, split_pairs
 from sam2jax.tree import Tree
@@ -135,14 +135,11 @@ class RoPEAttention(nn.Module):
         return split_pairs(kernel, heads), split_pairs(bias, heads)
 
     def _attend(self, query: Array, key: Array, value: Array, length: Array | None) -> Array:
-        """`value` is attended to as it is and projected after, at its own, smaller width: the rows
-        of a softmax sum to one, so softmax(.) (M W + b) = (softmax(.) M) W + b."""
         heads = self.config.memory_attention.num_heads
         dtype = jnp.dtype(self.config.dtype)
-        kernel, bias = self.v_proj()
         if heads > 1 and length is not None:
             length = jnp.repeat(length, heads, axis=0)
-        out = attention(
+        return attention(
             fold_heads(query, heads),
             fold_heads(key, heads),
             jnp.repeat(value.astype(dtype), heads, axis=0),
@@ -150,6 +147,14 @@ class RoPEAttention(nn.Module):
             scale=1.0,
             kernel=self.config.kernels,
         )
+
+    def _projected(self, out: Array) -> Array:
+        """[N * heads, T, I or I + 1] -> [N, T, C]. Values are attended to as they are and projected
+        after, at their own, smaller width: the rows of a softmax sum to one, so
+        softmax(.) (M W + b) = (softmax(.) M) W + b."""
+        heads = self.config.memory_attention.num_heads
+        dtype = jnp.dtype(self.config.dtype)
+        kernel, bias = self.v_proj()
         if out.shape[-1] > self.in_features:  # shares behind the values, and none is smaller
             share = jnp.maximum(out[..., -1:].astype(jnp.float32), self.config.memory_pooling**-2)
             out = out[..., :-1].astype(jnp.float32) / share
@@ -160,7 +165,9 @@ class RoPEAttention(nn.Module):
 
     def attend_self(self, x: Array) -> Array:
         """[N, HW, C] -> [N, HW, C]."""
-        return self._attend(self._query(x), self._rotated(x, self.k_proj), x, length=None)
+        return self._projected(
+            self._attend(self._query(x), self._rotated(x, self.k_proj), x, length=None)
+        )
 
     def attend_memory(self, x: Array, memory: MemoryTokens) -> Array:
         """[1 or N, HW, C] -> [N, HW, C]. Pointers' keys are not rotated.
@@ -169,18 +176,34 @@ class RoPEAttention(nn.Module):
         """
         query = self._query(x)
         query = jnp.broadcast_to(query, (memory.values.shape[0], *query.shape[1:]))
-        pointers = linear(
-            memory.pointer_keys, *self._in_pairs(self.k_proj), jnp.dtype(self.config.dtype)
-        )
-        pooling, room = self.config.memory_pooling, pointers.shape[1]
+        sizes, dtype = self.config.memory_attention, jnp.dtype(self.config.dtype)
+        kernel, bias = self._in_pairs(self.k_proj)
+        watched = self.is_mutable_collection(WATCHED) and not self.is_initializing()
+        pooling = self.config.memory_pooling
+        if sizes.num_heads == 1 and pooling == 1 and not watched:
+            out = attend_to_maps(
+                query,
+                memory.spatial_keys,
+                memory.pointer_keys,
+                memory.values.astype(dtype),
+                kernel,
+                bias,
+                rope_table(self.config.feature_size, query.shape[-1], sizes.rope_theta),
+                memory.spatial_length,
+                memory.length,
+                self.config.kernels,
+            )
+            return self._projected(out)
+        pointers = linear(memory.pointer_keys, kernel, bias, dtype)
+        room = pointers.shape[1]
         keys = self._rotated(memory.spatial_keys, self.k_proj, room=room if pooling == 1 else 0)
         if pooling > 1:
             keys = pool_squares(keys, x.shape[1], pooling)
             keys = jnp.pad(keys, ((0, 0), (0, room), (0, 0)))
-        if self.is_mutable_collection(WATCHED) and not self.is_initializing():
+        if watched:
             self.sow(WATCHED, "mass", self._mass(query, keys, pointers, memory))
         keys = place_in(keys, pointers, memory.spatial_length)
-        return self._attend(query, keys, memory.values, memory.length)
+        return self._projected(self._attend(query, keys, memory.values, memory.length))
 
     def _mass(
         self, query: Array, keys: Array, pointers: Array, memory: MemoryTokens
@@ -217,40 +240,35 @@ class RoPEAttention(nn.Module):
         return weights[:, :slots], weights[:, slots:]
 
 
-def place_after(first: Array, second: Array, length: Array) -> Array:
-    """Puts `second` [N, Q, D] behind the first `length` [N] tokens of `first` [N, K, D]."""
-    return place_in(jnp.pad(first, ((0, 0), (0, second.shape[1]), (0, 0))), second, length)
-
-
-def place_in(first: Array, second: Array, length: Array) -> Array:
-    """`place_after`, where `first` [N, K + Q, D] has room for it."""
-    put = jax.vmap(lambda row, tail, at: lax.dynamic_update_slice_in_dim(row, tail, at, axis=0))
-    return put(first, second.astype(first.dtype), length)
-
-
 class MemoryAttentionLayer(nn.Module):
     """Self-attention, attention to the memory, MLP; pre-normalised."""
 
     config: SAM2Config
 
     def setup(self) -> None:
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        config = self.config
         self.self_attn = RoPEAttention(config, config.hidden_dim)
         self.cross_attn_image = RoPEAttention(config, config.mem_dim)
-        self.linear1 = Linear(config.memory_attention.mlp_dim, dtype)
-        self.linear2 = Linear(config.hidden_dim, dtype, rounded=False)
+        hidden = config.memory_attention.mlp_dim
+        self.linear1 = Projection(config.hidden_dim, hidden)
+        self.linear2 = Projection(hidden, config.hidden_dim)
         self.norm1 = LayerNorm(1e-5)
         self.norm2 = LayerNorm(1e-5)
         self.norm3 = LayerNorm(1e-5)
 
     def __call__(self, x: Array, memory: MemoryTokens) -> Array:
+        rate, dtype = self.config.memory_attention.dropout, jnp.dtype(self.config.dtype)
+
         def drop(part: Array) -> Array:
-            return dropout(self, part, self.config.memory_attention.dropout)
+            return dropout(self, part, rate)
 
         x = x + drop(self.self_attn.attend_self(self.norm1(x)))
         x = x + drop(self.cross_attn_image.attend_memory(self.norm2(x), memory))
-        hidden = drop(jax.nn.relu(self.linear1(self.norm3(x))))
-        return x + drop(self.linear2(hidden))
+        first, last, normed = self.linear1(), self.linear2(), self.norm3(x)
+        if not rate or not self.has_rng("dropout"):
+            return x + mlp(normed, (first, last), jax.nn.relu, dtype, rounded=False)
+        hidden = drop(jax.nn.relu(linear(normed, *first, dtype)))
+        return x + drop(linear(hidden, *last, dtype, rounded=False))
 
 
 def pairs_split(params: Mapping[str, Any], num_heads: int) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def _block(index: Array, block: int, num_keys: int, length: Array) -> tuple[Arra
     return start, valid[:, None, :]
 
 
-def _take(x: Array, start: Array, block: int) -> Array:
+def take(x: Array, start: Array, block: int) -> Array:
     return lax.dynamic_slice_in_dim(x, start, block, axis=1)
 
 
@@ -204,43 +204,73 @@ def _online(
     query: Array, key: Array, value: Array, length: Array, block: int = BLOCK
 ) -> tuple[Array, Array]:
     """The answer [B, T, e], and the logarithm of the summed weights [B, T]."""
-    width = value.shape[-1]
-    keys, values = _whole_blocks(key, value, length, block)
+    keys, values = _whole_keys(key, length, block), whole_values(value, length, block)
 
-    def body(index: Array, carry):
-        total, row_max = carry
+    def body(index: Array, seen: Seen) -> Seen:
         start = index * block
-        scores = einsum("btd,bkd->btk", query, _take(keys, start, block))
-        new_max = jnp.maximum(row_max, jnp.max(scores, axis=-1))
-        weights = jnp.exp(scores - new_max[..., None]).astype(value.dtype)
-        part = einsum("btk,bke->bte", weights, _take(values, start, block))
-        return total * jnp.exp(row_max - new_max)[..., None] + part, new_max
+        return look_at(seen, query, take(keys, start, block), take(values, start, block))
 
+    seen = lax.fori_loop(0, _num_blocks(length, block), body, nothing_seen(query, values))
+    return answer(seen, value.shape[-1], value.dtype)
+
+
+Seen = tuple[Array, Array]  # of an online softmax: summed values [B, T, e'], largest scores [B, T]
+
+
+def nothing_seen(query: Array, values: Array) -> Seen:
     rows = query.shape[:2]
-    carry = jnp.zeros((*rows, values.shape[-1]), jnp.float32), jnp.full(rows, MASKED, jnp.float32)
-    total, row_max = lax.fori_loop(0, _num_blocks(length, block), body, carry)
+    total = jnp.zeros((*rows, values.shape[-1]), jnp.float32)
+    return total, jnp.full(rows, MASKED, jnp.float32)
+
+
+def look_at(
+    seen: Seen, query: Array, keys: Array, values: Array, valid: Array | None = None
+) -> Seen:
+    """Keys more: [B, M, d], their `whole_values` [B, M, e'], and which count: [B, M]; None: all,
+    or the others have no values and do not change the largest score."""
+    total, row_max = seen
+    scores = einsum("btd,bkd->btk", query, keys)
+    if valid is not None:
+        scores = jnp.where(valid[:, None], scores, MASKED)
+    new_max = jnp.maximum(row_max, jnp.max(scores, axis=-1))
+    weights = jnp.exp(scores - new_max[..., None]).astype(values.dtype)
+    part = einsum("btk,bke->bte", weights, values)
+    return total * jnp.exp(row_max - new_max)[..., None] + part, new_max
+
+
+def answer(seen: Seen, width: int, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """The answer [B, T, width], and the logarithm of the summed weights [B, T]."""
+    total, row_max = seen
     row_sum = jnp.maximum(total[..., width], jnp.finfo(jnp.float32).tiny)
-    out = (total[..., :width] / row_sum[..., None]).astype(value.dtype)
+    out = (total[..., :width] / row_sum[..., None]).astype(dtype)
     return out, row_max + jnp.log(row_sum)
 
 
-def _whole_blocks(key: Array, value: Array, length: Array, block: int) -> tuple[Array, Array]:
-    """Keys and values in whole blocks, made so that nothing need be masked on the way.
-
-    Keys that do not count repeat the first one, which changes no maximum, and their values are
-    zero. A column of ones behind the values of those that count adds the weights up.
-    """
-    count, num_keys, width = value.shape
-    valid = (jnp.arange(num_keys, dtype=jnp.int32)[None] < length[:, None])[..., None]
-    ones = jnp.ones((count, num_keys, 1), value.dtype)
-    extra = jnp.zeros((count, num_keys, -(width + 1) % 8), value.dtype)  # units like it even
-    value = jnp.where(valid, jnp.concatenate([value, ones, extra], axis=-1), 0)
-    key = jnp.where(valid, key, key[:, :1])
+def _whole_keys(key: Array, length: Array, block: int) -> Array:
+    """Keys in whole blocks; those that do not count repeat the first one."""
+    count, num_keys, width = key.shape
+    key = jnp.where(_valid(num_keys, length), key, key[:, :1])
     rest = -num_keys % block
     if not rest:
-        return key, value
-    first = jnp.broadcast_to(key[:, :1], (count, rest, key.shape[-1]))
-    return jnp.concatenate([key, first], axis=1), jnp.pad(value, ((0, 0), (0, rest), (0, 0)))
+        return key
+    return jnp.concatenate([key, jnp.broadcast_to(key[:, :1], (count, rest, width))], axis=1)
+
+
+def whole_values(value: Array, length: Array, block: int) -> Array:
+    """Values in whole blocks, zeros where keys do not count. A column of ones behind those that
+    count adds the weights up."""
+    count, num_keys, width = value.shape
+    ones = jnp.ones((count, num_keys, 1), value.dtype)
+    extra = jnp.zeros((count, num_keys, -(width + 1) % 8), value.dtype)  # units like it even
+    value = jnp.concatenate([value, ones, extra], axis=-1)
+    value = jnp.where(_valid(num_keys, length), value, 0)
+    rest = -num_keys % block
+    return jnp.pad(value, ((0, 0), (0, rest), (0, 0))) if rest else value
+
+
+def _valid(count: int, length: Array) -> Array:
+    """Which of `count` keys are valid: [B, count, 1]."""
+    return (jnp.arange(count, dtype=jnp.int32)[None] < length[:, None])[..., None]
 
 
 def _blockwise_backward(kernel: bool, residuals, grad: Array):
@@ -250,14 +280,12 @@ def _blockwise_backward(kernel: bool, residuals, grad: Array):
     delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
     def add(into: Array, part: Array, start: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(
-            into, _take(into, start, block) + part, start, axis=1
-        )
+        return lax.dynamic_update_slice_in_dim(into, take(into, start, block) + part, start, axis=1)
 
     def body(index: Array, carry):
         d_query, d_key, d_value = carry
         start, valid = _block(index, block, num_keys, length)
-        keys, values = _take(key, start, block), _take(value, start, block)
+        keys, values = take(key, start, block), take(value, start, block)
         scores = einsum("btd,bkd->btk", query, keys)
         weights = jnp.where(valid, jnp.exp(scores - log_sum[..., None]), 0.0)
         d_weights = einsum("bte,bke->btk", grad, values)

@@ -7,12 +7,14 @@ passes); bfloat16 does what autocast does, with float32 accumulation.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sam2jax.ops.pieces import by_pieces
 from sam2jax.types import Array
 
 ROWS, PARTS = 2048, 64  # of the sum behind a kernel's gradient: in a part, at least, and at most
@@ -130,6 +132,25 @@ def _by_kernel(x: Array, gradient: Array) -> Array:
     # XLA would make one sum of it again.
     sums = lax.optimization_barrier(einsum("pri,pro->pio", x, gradient))
     return jnp.sum(sums, axis=0)
+
+
+def mlp(
+    x: Array,
+    layers: Sequence[tuple[Array, Array]],
+    activation: Callable[[Array], Array],
+    dtype: jnp.dtype,
+    *,
+    rounded: bool = True,
+) -> Array:
+    """Linear layers, each a kernel [I, O] and a bias, with an activation between them."""
+
+    def of_rows(x: Array, *layers: tuple[Array, Array]) -> Array:
+        for layer in layers[:-1]:
+            x = activation(linear(x, *layer, dtype))
+        return linear(x, *layers[-1], dtype, rounded=rounded)
+
+    hidden = layers[0][1].size
+    return by_pieces(of_rows, x.astype(dtype), *layers, item=x.shape[-1:], values=hidden)
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
