@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import importlib.metadata
 import json
 import os
@@ -94,14 +95,32 @@ def with_share(row: Row, operations: float, rate: float) -> Row:
 
 
 def operations(program: Callable, *args: Any, **options: Any) -> float:
-    """Floating point operations of a jitted function's program, as XLA counts them before it
-    puts calls to libraries in their place: for a CPU, as it tells them of no other device."""
+    """Floating point operations of the products in a jitted function; where it depends on the
+    device, of the way that has most, and of a loop whose end is not known of one turn."""
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array) else x, args
     )
-    with jax.default_device(jax.devices("cpu")[0]):
-        counted = program.lower(*shapes, **options).cost_analysis()
-    return float(counted["flops"])
+    return products(program.trace(*shapes, **options).jaxpr.jaxpr)
+
+
+def products(jaxpr: Any) -> float:
+    """Operations of a jaxpr's products and convolutions."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        params, shapes = equation.params, [x.aval.shape for x in equation.invars]
+        inside = [products(inner) for inner in jax.core.jaxprs_in_params(params)]
+        size = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            total += 2 * size * math.prod(shapes[0][axis] for axis in contracted)
+        elif equation.primitive.name == "conv_general_dilated":
+            features = shapes[1][params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * size * math.prod(shapes[1]) / features
+        elif equation.primitive.name == "cond":
+            total += max(inside)
+        else:
+            total += sum(inside) * params.get("length", 1)  # of a scan
+    return total
 
 
 @functools.cache
