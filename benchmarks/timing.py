@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -103,12 +103,16 @@ def operations(program: Callable, *args: Any, **options: Any) -> float:
     return products(program.trace(*shapes, **options).jaxpr.jaxpr)
 
 
+def _jaxpr(param: Any) -> Any:
+    return param if hasattr(param, "eqns") else getattr(param, "jaxpr", None)
+
+
 def products(jaxpr: Any) -> float:
     """Operations of a jaxpr's products and convolutions."""
     total = 0.0
     for equation in jaxpr.eqns:
         params, shapes = equation.params, [x.aval.shape for x in equation.invars]
-        inside = [products(inner) for inner in jax.core.jaxprs_in_params(params)]
+        inside = [products(inner) for inner in map(_jaxpr, jax.tree.leaves(params)) if inner]
         size = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
