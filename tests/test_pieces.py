@@ -85,6 +85,27 @@ def test_rows_by_pieces_equal_all_rows(monkeypatch, dtype):
     assert_close(gradients(apply, x, layers), by_whole, 0)
 
 
+def test_layers_by_pieces_need_room_for_one(monkeypatch):
+    """What all layers' results begin as is not made before the first one runs."""
+    x, layer = (
+        normal(0, 4096, 8),
+        [(normal(1, 8, 64), normal(2, 64)), (normal(3, 64, 8), normal(4, 8))],
+    )
+
+    def room(layers):
+        def apply(x):
+            for _ in range(layers):
+                x = x + mlp(x, layer, gelu, jnp.dtype("float32"))
+            return x
+
+        return jax.jit(apply).lower(x).compile().memory_analysis().temp_size_in_bytes
+
+    whole = room(12)
+    set_anew(monkeypatch, pieces, "PIECE", 64 * 256)
+    assert room(12) < whole / 2
+    assert room(12) < room(2) + x.nbytes
+
+
 @pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("width, features", [(32, 24), (28, 12)])
 def test_rows_of_windows_equal_the_whole_map(monkeypatch, width, features, pool):

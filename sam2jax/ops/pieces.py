@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from sam2jax.types import Array
@@ -45,8 +46,15 @@ def by_pieces(
         return function(x, *params)
 
     def pieces(x: Array, *params: Any) -> Array:
-        shape = jax.eval_shape(function, x, *params).shape
         cut = x.reshape(-1, size, *item)
-        return lax.map(lambda piece: function(piece, *params), cut).reshape(shape)
+        piece, whole = (jax.eval_shape(function, of, *params) for of in (cut[0], x))
+        # Filled with what depends on `x`, or XLA makes room for all layers at the start.
+        room = jnp.full((len(cut), *piece.shape), x.ravel()[0].astype(piece.dtype))
+
+        def put(index: Array, room: Array) -> Array:
+            y = function(lax.dynamic_index_in_dim(cut, index, keepdims=False), *params)
+            return lax.dynamic_update_index_in_dim(room, y, index, 0)
+
+        return lax.fori_loop(0, len(cut), put, room).reshape(whole.shape)
 
     return on_cpu(pieces, function, x, *params)
