@@ -102,7 +102,7 @@ def test_layers_by_pieces_need_room_for_one(monkeypatch):
 
     whole = room(12)
     set_anew(monkeypatch, pieces, "PIECE", 64 * 256)
-    assert room(12) < whole / 2
+    assert room(12) < 0.6 * whole
     assert room(12) < room(2) + x.nbytes
 
 
