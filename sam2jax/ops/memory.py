@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sam2jax.ops.attention import (
@@ -43,7 +45,7 @@ def attend_to_maps(
     value: Array,
     kernel: Array,
     bias: Array,
-    table: tuple[Array, Array],
+    table: Sequence[Array | np.ndarray],
     length_of_maps: Array,
     length: Array,
     in_one: bool,

@@ -48,7 +48,7 @@ def project_and_rotate(
     x: Array,
     kernel: Array,
     bias: Array,
-    table: tuple[np.ndarray, np.ndarray],
+    table: Sequence[Array | np.ndarray],
     dtype: jnp.dtype,
     *,
     scale: float = 1.0,
