@@ -226,8 +226,11 @@ def nothing_seen(query: Array, values: Array) -> Seen:
 def look_at(
     seen: Seen, query: Array, keys: Array, values: Array, valid: Array | None = None
 ) -> Seen:
-    """Keys more: [B, M, d], their `whole_values` [B, M, e'], and which count: [B, M]; None: all,
-    or the others have no values and do not change the largest score."""
+    """Takes in more keys [B, M, d] with their `whole_values` [B, M, e'].
+
+    `valid` [B, M] tells which count; None: all do, or the rest have zeros for values and do not
+    change the largest score.
+    """
     total, row_max = seen
     scores = einsum("btd,bkd->btk", query, keys)
     if valid is not None:

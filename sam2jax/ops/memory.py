@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +53,8 @@ def attend_to_maps(
 ) -> Array:
     """Attends, with one head, to what is projected to keys here.
 
-    On a CPU large problems project and rotate a block of keys at a time, where the attention reads
-    them: keys are never written out, and there are none for slots that are empty.
+    On a CPU large problems project and rotate one map at a time, where the attention reads it:
+    the keys of all are never written out, and there are none for slots that are empty.
 
     Args:
       query: [N, T, d], scaled.
@@ -70,44 +71,38 @@ def attend_to_maps(
       [N, T, e] in the dtype of `value`.
     """
     cos, sin = map(jnp.asarray, table)
-    given = query, maps, tokens, value, kernel, bias, cos, sin, length_of_maps, length
-    if query.shape[1] * value.shape[1] < BLOCKWISE_FROM or len(cos) % CPU_BLOCK:
-        return _keys_first(*given, in_one=in_one)
+    given = _Given(query, maps, tokens, value, kernel, bias, cos, sin, length_of_maps, length)
     keys_first = functools.partial(_keys_first, in_one=in_one)
-    return on_cpu(_keys_on_the_way, keys_first, *given)
+    if query.shape[1] * value.shape[1] < BLOCKWISE_FROM or len(cos) % CPU_BLOCK:
+        return keys_first(given)
+    return on_cpu(_keys_on_the_way, keys_first, given)
 
 
-def _keys_first(
-    query: Array,
-    maps: Array,
-    tokens: Array,
-    value: Array,
-    kernel: Array,
-    bias: Array,
-    cos: Array,
-    sin: Array,
-    length_of_maps: Array,
-    length: Array,
-    in_one: bool,
-) -> Array:
+class _Given(NamedTuple):
+    """See `attend_to_maps`."""
+
+    query: Array
+    maps: Array
+    tokens: Array
+    value: Array
+    kernel: Array
+    bias: Array
+    cos: Array
+    sin: Array
+    length_of_maps: Array
+    length: Array
+
+
+def _keys_first(given: _Given, in_one: bool) -> Array:
+    query, maps, tokens, value, kernel, bias, cos, sin, length_of_maps, length = given
     room, dtype = tokens.shape[1], value.dtype
     keys = project_and_rotate(maps, kernel, bias, (cos, sin), dtype, room=room, in_one=in_one)
     keys = place_in(keys, linear(tokens, kernel, bias, dtype), length_of_maps)
     return attention(query, keys, value, length=length, scale=1.0, kernel=in_one)
 
 
-def _keys_on_the_way(
-    query: Array,
-    maps: Array,
-    tokens: Array,
-    value: Array,
-    kernel: Array,
-    bias: Array,
-    cos: Array,
-    sin: Array,
-    length_of_maps: Array,
-    length: Array,
-) -> Array:
+def _keys_on_the_way(given: _Given) -> Array:
+    query, maps, tokens, value, kernel, bias, cos, sin, length_of_maps, length = given
     dtype, positions = value.dtype, len(cos)
     values = whole_values(value, length, 1)
     others = linear(tokens, kernel, bias, dtype)
