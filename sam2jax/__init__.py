@@ -15,7 +15,7 @@ from sam2jax.predictors.camera import SAM2CameraPredictor
 from sam2jax.predictors.image import SAM2ImagePredictor
 from sam2jax.predictors.video import SAM2VideoPredictor
 from sam2jax.segmentation.generate import GeneratedMasks, generate_masks
-from sam2jax.segmentation.image import decode_masks, encode_image
+from sam2jax.segmentation.image import decode_masks, encode_image, preprocess_images
 from sam2jax.tracking.scan import track
 from sam2jax.tracking.state import TrackState, init_state
 from sam2jax.tracking.step import condition, step
@@ -53,6 +53,7 @@ __all__ = [
     "save",
     "resize_masks",
     "prepare_params",
+    "preprocess_images",
     "step",
     "track",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from sam2jax.config import SAM2Config
 from sam2jax.types import Array, Prompts
@@ -41,6 +42,12 @@ def check_frame(config: SAM2Config, frame: Array, *, leading: int = 0) -> None:
             )
     elif dtype != jnp.uint8:
         raise TypeError(f"Expected {expected}, got {dtype}.")
+
+
+def check_frame_index(index: Any) -> None:
+    """Frames are counted from 0; arrays, which may be traced, are not looked into."""
+    if isinstance(index, int | np.integer) and index < 0:
+        raise ValueError(f"Frames are counted from 0, got frame_index {index}.")
 
 
 def check_prompts(

@@ -195,10 +195,10 @@ def _build(kind: Any, given: Any) -> Any:
     unknown = sorted(set(given) - {field.name for field in dataclasses.fields(kind)})
     if unknown:
         raise ValueError(f"{kind.__name__} has no field {', '.join(map(repr, unknown[:3]))}.")
-    return kind(**{name: _value(name, getattr(kind, name), v) for name, v in given.items()})
+    return kind(**{name: checked_value(name, getattr(kind, name), v) for name, v in given.items()})
 
 
-def _value(name: str, default: Any, value: Any) -> Any:
+def checked_value(name: str, default: Any, value: Any) -> Any:
     """A field's value, checked against its default."""
     if dataclasses.is_dataclass(default):
         return _build(type(default), value)
@@ -209,9 +209,13 @@ def _value(name: str, default: Any, value: Any) -> Any:
             raise ValueError(f"{name} must be {count} whole numbers.")
         if len(value) > 4 * _MOST_LAYERS:
             raise ValueError(f"{name} is longer than that of any model.")
-        return tuple(_value(name, 0, item) for item in value)
+        return tuple(checked_value(name, 0, item) for item in value)
+    if type(default) in (int, float, bool) and getattr(value, "shape", None) == ():
+        value = value.item()  # of NumPy or JAX
     if isinstance(default, float) and type(value) is int:
         value = float(value) if abs(value) <= _MOST else math.nan
+    if type(default) is int and type(value) is float and value.is_integer():
+        value = int(value)
     if type(value) is not type(default):
         raise ValueError(f"{name} must be {type(default).__name__}, got {str(value)[:50]!r}.")
     if isinstance(value, float) and not math.isfinite(value):
@@ -259,7 +263,7 @@ _OFFICIAL = {
     for size, trunk in _TRUNKS.items()
 }
 
-# Trained by benchmarks/nano on drawn clips.
+# Trained by benchmarks/nano on synthetic clips.
 NANO = SAM2Config(
     name="sam2.1_hiera_nano",
     image_size=256,

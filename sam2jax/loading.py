@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import sam2jax.convert as convert
-from sam2jax.config import NO_POSTPROCESSING, DType, SAM2Config
+from sam2jax.config import NO_POSTPROCESSING, DType, SAM2Config, checked_value
 from sam2jax.io.files import PathLike
 from sam2jax.nn.sam2 import SAM2
 
@@ -64,9 +64,9 @@ def load(
     """
     check_options(options)
     checkpoint = convert.read(source)
-    config = dataclasses.replace(
+    config = configured(
         checkpoint.config,
-        **{
+        {
             "image_size": checkpoint.config.image_size if image_size is None else image_size,
             "dtype": dtype,
             **({} if apply_postprocessing else NO_POSTPROCESSING),
@@ -74,6 +74,16 @@ def load(
         },
     )
     return SAM2(config), jax.device_put(unflatten_dict(checkpoint.params(), sep="/"))
+
+
+def configured(config: SAM2Config, options: Mapping[str, Any]) -> SAM2Config:
+    """A configuration with some of its fields set.
+
+    Raises:
+      ValueError: a value is of another kind, or cannot be.
+    """
+    values = {name: checked_value(name, getattr(config, name), v) for name, v in options.items()}
+    return dataclasses.replace(config, **values)
 
 
 def check_options(options: Iterable[str]) -> None:

@@ -159,7 +159,8 @@ class Prompts(Tree):
           labels: per object [P], 1 foreground, 0 background; ones where left out.
           boxes: per object (x0, y0, x1, y1); becomes two points in front of the others.
           masks: per object [h, w], bool or in [0, 1]; excludes points and a box.
-          logits: per object [S/4, S/4], an earlier answer on this frame to improve on.
+          logits: per object [S/4, S/4], an earlier answer on this frame to improve on. In videos
+            they go with points; of an object without they are passed over.
           refine: the frame has been tracked and is being corrected with memory; otherwise it
             becomes a conditioning frame.
           width: number of points to pad to; the next power of two where left out.
@@ -251,6 +252,8 @@ class ClipPrompts(Tree):
         """Stacks the prompts of some frames, given by frame index, for the same objects."""
         if not prompts:
             raise ValueError("No prompts: give at least one frame's.")
+        if min(prompts) < 0:
+            raise ValueError(f"Frames are counted from 0, got prompts of frame {min(prompts)}.")
         rows = list(prompts.values())
         if len({row.num_objects for row in rows}) != 1:
             raise ValueError(

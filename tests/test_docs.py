@@ -65,7 +65,7 @@ def check_command(line: str) -> None:
 def test_commands_exist(page: str):
     for line in console_lines(PAGES[page]):
         words = shlex.split(line)
-        while "=" in words[0]:  # a variable of the environment
+        while "=" in words[0] or words[0] == "srun":  # a variable of the environment, Slurm
             words = words[1:]
         if words[0] == "sam2jax":
             check_command(shlex.join(words))

@@ -246,6 +246,24 @@ def test_specks_are_gone_from_records(params, monkeypatch, layers):
         assert (one["area"], one["bbox"]) == (other["area"], other["bbox"])
 
 
+def test_images_that_are_preprocessed_before(params):
+    images = np.stack([picture(0), picture(1)])
+    ready = sam2jax.preprocess_images(MODEL, images)
+    size = MODEL.config.image_size
+    assert ready.shape == (2, size, size, 3) and ready.dtype == np.float32
+    one, other = (sam2jax.encode_image(MODEL, params, x).features for x in (ready, images))
+    np.testing.assert_allclose(one, other, atol=1e-5)
+    np.testing.assert_array_equal(sam2jax.preprocess_images(MODEL, ready), ready)
+    mean = np.full((1, 9, 7, 3), np.round(255 * np.array([0.485, 0.456, 0.406])), np.uint8)
+    np.testing.assert_allclose(sam2jax.preprocess_images(MODEL, mean), 0, atol=0.01)
+    with pytest.raises(ValueError, match=r"\[B, H, W, 3\].* got shape \(48,"):
+        sam2jax.preprocess_images(MODEL, np.zeros((48, 64, 3), np.uint8))
+    with pytest.raises(ValueError, match="already normalised; got float32"):
+        sam2jax.preprocess_images(MODEL, np.zeros((1, 48, 64, 3), np.float32))
+    with pytest.raises(TypeError, match="got int32"):
+        sam2jax.preprocess_images(MODEL, np.zeros((1, 48, 64, 3), np.int32))
+
+
 def test_the_pure_function_finds_the_same(params):
     grid = point_grid(4).astype(np.float32)
     generator = sam2jax.SAM2AutomaticMaskGenerator(

@@ -183,11 +183,27 @@ def test_unknown_options_are_named(saved: pathlib.Path):
         ({"fill_hole_area": -1}, "must not be negative"),
         ({"memory_pooling": 5}, "must divide the .* cells of a memory's side, got 5"),
         ({"memory_pooling": 0}, "must divide"),
+        ({"fill_hole_area": 8.5}, "fill_hole_area must be int, got '8.5'"),
+        ({"dynamic_multimask_via_stability": "false"}, "must be bool, got 'false'"),
+        ({"dynamic_multimask_stability_thresh": np.zeros(2)}, "must be float"),
     ],
 )
 def test_impossible_values_are_refused(saved: pathlib.Path, options: dict, words: str):
     with pytest.raises(ValueError, match=words):
         load(saved / "model.safetensors", **options)
+
+
+def test_numbers_of_other_kinds_are_taken(saved: pathlib.Path):
+    options = {
+        "fill_hole_area": 8.0,
+        "multimask_max_pt_num": np.int64(2),
+        "dynamic_multimask_stability_thresh": 1,
+        "dynamic_multimask_via_stability": np.False_,
+    }
+    config = load(saved / "model.safetensors", **options)[0].config
+    assert {name: getattr(config, name) for name in options} == options
+    kinds = [type(getattr(config, name)) for name in options]
+    assert kinds == [int, int, float, bool]
 
 
 # Sources that are none ---------------------------------------------------------------------------

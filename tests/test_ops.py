@@ -17,7 +17,7 @@ from sam2jax.ops.attention import attention
 from sam2jax.ops.conv import conv, depthwise_conv, upsample_conv
 from sam2jax.ops.flash import flash_attention
 from sam2jax.ops.linear import ROWS, gelu, linear, rounded_einsum
-from sam2jax.ops.masks import fill_holes, non_overlapping, stability_score
+from sam2jax.ops.masks import fill_holes, fill_regions, non_overlapping, stability_score
 from sam2jax.ops.resize import preprocess_image, resize_bilinear, resize_masks
 from sam2jax.ops.rope import project_and_rotate, rope_table, rotate, split_pairs
 from sam2jax.ops.windows import window_partition, window_unpartition
@@ -409,6 +409,17 @@ def test_small_holes_are_filled_and_no_others(area):
     for got, given in zip(filled, logits, strict=True):
         holes = regions(area, given <= 0)
         np.testing.assert_array_equal(got, np.where(holes, np.float32(0.1), given))
+
+
+@pytest.mark.parametrize("area", [8, 200])
+def test_small_regions_of_images_are_those_of_scipy(area):
+    """By flooding and by labelling."""
+    given = (np.random.default_rng(area).random((3, 40, 48)) < 0.45) * 3 - np.float32(1)
+    got = fill_regions(jnp.asarray(given), area, area, 0.5)
+    for mask, found in zip(given, got, strict=True):
+        expected = np.where(regions(area, mask <= 0.5), np.float32(10.5), mask)
+        expected = np.where(regions(area, mask > 0.5), np.float32(-9.5), expected)
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_a_snake_longer_than_the_area_is_no_hole():

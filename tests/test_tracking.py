@@ -13,7 +13,7 @@ import sam2jax
 from sam2jax import ClipPrompts, Prompts
 from sam2jax.ops.resize import preprocess_image
 from sam2jax.testing import random_params, small_config
-from sam2jax.tracking import scan
+from sam2jax.tracking import frame, scan
 from sam2jax.types import EMPTY, NO_OBJ_SCORE
 
 CONFIG = small_config(image_size=64)
@@ -208,6 +208,48 @@ def test_refinement_feeds_back_an_earlier_answer(params):
         answers.append(answer.iou[0])
     assert abs(answers[0] - answers[1]) > 1e-4
     assert refined.bank.cond_frame[0].tolist() == [0]  # a corrected frame is not conditioning
+
+
+def test_logits_without_points_are_no_prompt(params):
+    """Those of an object that is only tracked are passed over."""
+    frames = clip(LENGTH)
+    state, out = sam2jax.track(MODEL, params, frames[:2], TWO)
+    clicks = {"points": [[(30, 18)], None], "labels": [[0], None], "refine": True}
+    answers = []
+    for logits in (out.masks[1, 1], None):
+        prompts = Prompts.make(**clicks, logits=[out.masks[1, 0], logits], width=2)
+        answers.append(sam2jax.step(MODEL, params, state, frames[2], prompts)[1])
+    assert_same(*answers)
+    assert answers[0].object_score[1] > NO_OBJ_SCORE
+
+
+@pytest.mark.parametrize("together, rows", [(2, 2), (3, 3), (4, 3), (8, 5)])
+def test_objects_are_taken_a_few_at_a_time(params, together, rows, monkeypatch):
+    """In as few and as equal groups as there can be, whatever their number."""
+    frames = clip(3)
+    prompts = Prompts.make(points=[[(30 + 4 * i, 18)] for i in range(5)])
+    _, expected = sam2jax.track(MODEL, params, frames, prompts)
+    answer, seen = frame._answer_group, []
+
+    def noted(*given):
+        seen.append(given[4].num_objects)
+        return answer(*given)
+
+    monkeypatch.setattr(frame, "_answer_group", noted)
+    model = sam2jax.SAM2(dataclasses.replace(CONFIG, objects_at_once=together))
+    _, found = sam2jax.track(model, params, frames, prompts)
+    assert set(seen) == {rows}
+    chex.assert_trees_all_close(found, expected, atol=1e-4)
+
+
+def test_frames_are_counted_from_zero(params):
+    with pytest.raises(ValueError, match="prompts of frame -1"):
+        sam2jax.track(MODEL, params, clip(2), {0: FIRST, -1: FIRST})
+    state = sam2jax.init_state(MODEL, 2)
+    with pytest.raises(ValueError, match="frame_index -1"):
+        sam2jax.condition(MODEL, params, state, clip(1)[0], FIRST, -1)
+    with pytest.raises(ValueError, match="frame_index -2"):
+        sam2jax.init_state(MODEL, 2, frame_index=-2)
 
 
 def test_memories_may_be_read_pooled(params):

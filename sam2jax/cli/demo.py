@@ -1,4 +1,4 @@
-"""`sam2jax demo`: objects through a drawn clip, with the weights that ship."""
+"""`sam2jax demo`: objects through a synthetic clip, with the weights that ship."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def demo(
         str, typer.Option(help="Another model: a .pt, safetensors, or a hub id.")
     ] = "sam2.1_hiera_nano",
 ) -> None:
-    """Track three objects through a drawn clip, with the small model that ships.
+    """Track three objects through a synthetic clip, with the small model that ships.
 
     One object goes out of sight and comes back, while something that looks like it passes by; each
     is clicked once. Writes sam2jax_demo.mp4 and a contact sheet, sam2jax_demo.png. Needs neither
@@ -75,7 +75,7 @@ def demo(
         found = np.count_nonzero(absent & tracked.hidden)
         typer.echo(
             f"J&F {tracked.score:.3f} over {NUM_OBJECTS} objects, one click each; "
-            f"{found} of {np.count_nonzero(absent)} hidden frames told"
+            f"{found} of {np.count_nonzero(absent)} hidden frames detected"
         )
         typer.echo(f"{tracked.rate:.1f} frames/s after {tracked.compiled:.0f} s of compiling")
         typer.echo(f"{film}\n{sheet}")
@@ -152,5 +152,5 @@ def _write_sheet(path: pathlib.Path, pictures: list[np.ndarray], hidden: np.ndar
 
     shown = np.linspace(0, len(pictures) - 1, _COLUMNS * _ROWS).round().astype(int).tolist()
     cells = [Cell(small(pictures[i]), f"frame {i}", hidden[i].tolist()) for i in shown]
-    title = "fill: tracked from one click each (+)    white line: truth    ring: told to be hidden"
+    title = "fill: tracked from one click each (+)    white line: ground truth    ring: hidden"
     write_image(path, contact_sheet(title, cells, range(1, NUM_OBJECTS + 1), _COLUMNS))

@@ -4,6 +4,9 @@ A bank has room for a fixed number of frames, so that one program serves every f
 appended, and no shape depends on how much has been seen. What is kept and what is read is for a
 `MemoryPolicy` to say. Everything derives from the frame indices that the slots hold, never from
 the order of writing. Functions here are for one object; the tracker vmaps them.
+
+In shapes C, R and P are numbers of slots: for conditioning frames, recent frames and recent
+pointers. HW are the cells of a memory, D its width, W that of a pointer.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from sam2jax.config import SAM2Config
 from sam2jax.tree import Tree
 from sam2jax.types import EMPTY, Array, FrameMemory, MemoryRead
 
+# Beyond any frame's index, and small enough that sums of two stay in int32. Conditioning frames are
+# ranked `cond_frame - FAR`, before all recent ones.
 FAR = np.iinfo(np.int32).max // 2
 
 
@@ -100,7 +105,7 @@ class Selected(Tree):
     valid: Array  # [K] bool
     rank: Array  # [K] int32, the least is read first
     position: Array  # [K] int32, temporal position of a spatial memory, or distance of a pointer
-    scale: Array | None = None  # [K] float32, of the keys
+    scale: Array | None = None  # [K] float32, by which keys are multiplied; None: 1
 
 
 def gather(
@@ -154,7 +159,10 @@ def _blank_past(frames: Array, count: Array) -> Array:
 
 
 def slot_for(frames: Array, frame: Array, keep: Array) -> Array:
-    """The slot to write `frame` to, one-hot: its own, else a free one, else the least of `keep`."""
+    """The slot to write `frame` to, one-hot: its own, else a free one, else the least of `keep`.
+
+    `keep` [K] is int32; below -FAR - 2 a slot comes before its own and free ones.
+    """
     keep = jnp.where(frames == EMPTY, -FAR - 1, keep)
     keep = jnp.where(frames == frame, -FAR - 2, keep)
     return jnp.arange(frames.shape[0], dtype=jnp.int32) == jnp.argmin(keep)

@@ -33,7 +33,7 @@ class Now(Tree):
 
 
 class Choice(Tree):
-    """What is taken of the decoder's masks, for an object of P lineages."""
+    """What is taken of the decoder's masks, for an object of P lineages, the best first."""
 
     parent: Array  # [P] int32, the lineage that each goes on from
     best: Array  # [P] int32, of that lineage's M alternatives

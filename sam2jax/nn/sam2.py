@@ -126,8 +126,8 @@ class SAM2(nn.Module):
           num_points: [N] int32; entries past it are padding. -1: no prompt tokens at all.
           mask: [N, S/4, S/4] mask prompt as logits, of the objects marked in `has_mask` [N] bool.
 
-        The official code adds a "not a point" token behind the points, and gives a frame without
-        points another one in their place; so do we.
+        As in the official code a "not a point" token (label -1) follows the points, and an object
+        without points is given one such token in their place, hence two.
         """
         index = jnp.arange(labels.shape[1], dtype=jnp.int32)[None]
         labels = jnp.where((index == 0) & (num_points == 0)[:, None], -1, labels)
@@ -241,7 +241,8 @@ def prepare_params(model: SAM2, params: Any) -> Any:
 
 
 def _rounded(params: Any, dtype: str, path: str = "") -> Any:
-    """Kernels and biases in `dtype`, where they are used in it."""
+    """Kernels and biases in `dtype`, but for what is used in float32: biases that are added to a
+    residual stream (`UNROUNDED`), and the modules that are computed in it (`EXACT`)."""
     if "kernel" in params:
         kept = ("bias",) if path.endswith(UNROUNDED) else ()
         return {k: v if k in kept else jnp.asarray(v, dtype) for k, v in params.items()}

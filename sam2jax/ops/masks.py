@@ -10,6 +10,7 @@ import numpy as np
 
 from sam2jax.types import Array
 
+_MOST_STEPS = 32  # of flooding, one after the other
 HOLE_SCORE = 0.1  # what a filled hole's logit becomes (official `fill_holes_in_mask_scores`)
 
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
@@ -52,15 +53,18 @@ def small_regions(region: Array, max_area: int) -> Array:
 
     The largest pixel index floods its component one step at a time. After `max_area` steps every
     component that small has one label; a larger one either has one too, and is counted, or still
-    shows two labels side by side, and is recognised by that.
+    shows two labels side by side, and is recognised by that. Where that takes many steps all
+    components are labelled to their ends instead.
     """
     height, width = region.shape
     count = height * width
-    index = jnp.arange(1, count + 1, dtype=jnp.int32).reshape(height, width)
-    label = jnp.where(region, index, 0)
-    label = jax.lax.fori_loop(
-        0, max_area, lambda _, x: jnp.where(region, _neighbourhood_max(x), 0), label
-    )
+    if max_area > _MOST_STEPS:
+        label = _components(region)
+    else:
+        label = jnp.where(region, _indices(region), 0)
+        label = jax.lax.fori_loop(
+            0, max_area, lambda _, x: jnp.where(region, _neighbourhood_max(x), 0), label
+        )
     spreading = region & (_neighbourhood_max(label) != label)
     flat = label.reshape(-1)
     area = jnp.zeros(count + 1, jnp.int32).at[flat].add(1)
@@ -72,8 +76,19 @@ def small_regions(region: Array, max_area: int) -> Array:
 
 def largest_component(region: Array) -> Array:
     """The 8-connected component of most pixels, of equal ones the first: [H, W] bool -> bool."""
-    height, width = region.shape
-    index = jnp.arange(1, height * width + 1, dtype=jnp.int32).reshape(height, width)
+    label = _components(region)
+    area = jnp.zeros(label.size + 1, jnp.int32).at[label.reshape(-1)].add(1).at[0].set(0)
+    first = jnp.argmax(area[label].reshape(-1))
+    return region & (label == label.reshape(-1)[first])
+
+
+def _indices(region: Array) -> Array:
+    """Of pixels, from 1: [H, W] int32."""
+    return jnp.arange(1, region.size + 1, dtype=jnp.int32).reshape(region.shape)
+
+
+def _components(region: Array) -> Array:
+    """The largest pixel index of each pixel's 8-connected component, 0 outside: [H, W] int32."""
 
     def spread(state: tuple[Array, Array]) -> tuple[Array, Array]:
         label, _ = state
@@ -82,11 +97,8 @@ def largest_component(region: Array) -> Array:
         jumped = jnp.where(region, new.reshape(-1)[new - 1], 0)
         return jumped, jnp.any(jumped != label)
 
-    start = jnp.where(region, index, 0), jnp.any(region)
-    label, _ = jax.lax.while_loop(lambda state: state[1], spread, start)
-    area = jnp.zeros(height * width + 1, jnp.int32).at[label.reshape(-1)].add(1).at[0].set(0)
-    first = jnp.argmax(area[label].reshape(-1))
-    return region & (label == label.reshape(-1)[first])
+    start = jnp.where(region, _indices(region), 0), jnp.any(region)
+    return jax.lax.while_loop(lambda state: state[1], spread, start)[0]
 
 
 def _neighbourhood_max(x: Array) -> Array:

@@ -154,15 +154,15 @@ class SAM2AutomaticMaskGenerator:
         self.progress = progress
 
     @classmethod
-    def from_pretrained(cls, source: Any, **options: Any) -> SAM2AutomaticMaskGenerator:
+    def from_pretrained(cls, model_id: Any, **options: Any) -> SAM2AutomaticMaskGenerator:
         """Loads a checkpoint.
 
         Args:
-          source: as in `load`: a file, a folder, a hub id, or the name of a shipped model.
+          model_id: a file, a folder, a hub id, or the name of a shipped model; `source` of `load`.
           **options: of `load` and of the constructor; `device` and `mode` are accepted with a
             warning.
         """
-        model, params, own = load_with(source, options, (*GENERATOR_OPTIONS, "progress"))
+        model, params, own = load_with(model_id, options, (*GENERATOR_OPTIONS, "progress"))
         return cls(model, params, **own)
 
     def generate(self, image: Any) -> list[dict[str, Any]]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from sam2jax.config import NO_POSTPROCESSING, VARIANTS
-from sam2jax.loading import check_options, load
+from sam2jax.loading import check_options, configured, load
 from sam2jax.nn.sam2 import SAM2, init_params
-from sam2jax.predictors.options import without_torch
+from sam2jax.predictors.options import as_options
 from sam2jax.predictors.video import PREDICTOR_OPTIONS, SAM2VideoPredictor
 
 SIZES = {"t": "tiny", "s": "small", "b+": "base_plus", "l": "large"}
@@ -55,8 +52,8 @@ def build_sam2(
 
 
 def build_sam2_hf(model_id: str, **options: Any) -> LoadedModel:
-    """As `load`, with the name of the official function."""
-    return LoadedModel(*load(model_id, **without_torch(options)))
+    """As `load`, with the name of the official function; takes `hydra_overrides_extra`, too."""
+    return LoadedModel(*load(model_id, **as_options(options)))
 
 
 def build_sam2_video_predictor(
@@ -88,7 +85,7 @@ def _options(
 ) -> dict[str, Any]:
     torch = {"device": device, "mode": mode}
     torch = {name: value for name, value in torch.items() if value is not None}
-    return without_torch({**options, **torch, **dict(map(_override, overrides))}, stacklevel=4)
+    return as_options({**options, **torch, "hydra_overrides_extra": overrides}, stacklevel=4)
 
 
 def _load(
@@ -98,7 +95,7 @@ def _load(
     check_options(options)
     if ckpt_path is None:
         defaults = {} if apply_postprocessing else NO_POSTPROCESSING
-        config = dataclasses.replace(VARIANTS[name], **{**defaults, **options})
+        config = configured(VARIANTS[name], {**defaults, **options})
         return LoadedModel(SAM2(config), init_params(config, jax.random.key(0)))
     model, params = load(ckpt_path, apply_postprocessing=apply_postprocessing, **options)
     if model.config.name != name:
@@ -116,14 +113,3 @@ def _variant(config_file: str) -> str:
             f"There is no configuration {config_file}; there are {', '.join(VARIANTS)}."
         )
     return name
-
-
-def _override(text: str) -> tuple[str, Any]:
-    """`++model.image_size=512` -> ("image_size", 512)."""
-    match = re.fullmatch(r"\+{0,2}model\.(?:sam_mask_decoder_extra_args\.)?(\w+)=(.+)", text)
-    try:
-        if match:
-            return match[1], json.loads(match[2].lower())
-    except json.JSONDecodeError:
-        pass
-    raise ValueError(f"Expected an override like ++model.image_size=512, got {text!r}.")

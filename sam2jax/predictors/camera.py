@@ -47,9 +47,9 @@ class SAM2CameraPredictor:
         self._run: Propagation | None = None
 
     @classmethod
-    def from_pretrained(cls, source: Any, **options: Any) -> SAM2CameraPredictor:
+    def from_pretrained(cls, model_id: Any, **options: Any) -> SAM2CameraPredictor:
         """Loads a checkpoint; as `SAM2VideoPredictor.from_pretrained`."""
-        model, params, own = load_with(source, options, PREDICTOR_OPTIONS)
+        model, params, own = load_with(model_id, options, PREDICTOR_OPTIONS)
         return cls(model, params, **own)
 
     @property

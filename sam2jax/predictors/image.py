@@ -40,7 +40,8 @@ class SAM2ImagePredictor:
     arrays.
 
     Args:
-      model: from `load`, or what `build_sam2` returns, or another predictor, to share its model.
+      sam_model: the model, from `load`, or what `build_sam2` returns, or another predictor, to
+        share its model.
       params: the model's parameters, if they do not come with it.
       mask_threshold: logit from which a pixel belongs to a mask.
       max_hole_area: holes of at most so many pixels of the S/4 mask are filled.
@@ -49,14 +50,14 @@ class SAM2ImagePredictor:
 
     def __init__(
         self,
-        model: Any,
+        sam_model: Any,
         params: Any = None,
         *,
         mask_threshold: float = 0.0,
         max_hole_area: int = 0,
         max_sprinkle_area: int = 0,
     ) -> None:
-        self.model, params = model_and_params(model, params)
+        self.model, params = model_and_params(sam_model, params)
         self.params = prepare_params(self.model, params)
         self.mask_threshold = mask_threshold
         self.max_hole_area = int(max_hole_area)
@@ -64,15 +65,15 @@ class SAM2ImagePredictor:
         self.reset_predictor()
 
     @classmethod
-    def from_pretrained(cls, source: Any, **options: Any) -> SAM2ImagePredictor:
+    def from_pretrained(cls, model_id: Any, **options: Any) -> SAM2ImagePredictor:
         """Loads a checkpoint.
 
         Args:
-          source: as in `load`: a file, a folder, a hub id, or the name of a shipped model.
+          model_id: a file, a folder, a hub id, or the name of a shipped model; `source` of `load`.
           **options: of `load` and of the constructor; `device` and `mode` are accepted with a
             warning.
         """
-        model, params, own = load_with(source, options, IMAGE_OPTIONS)
+        model, params, own = load_with(model_id, options, IMAGE_OPTIONS)
         return cls(model, params, **own)
 
     @property
@@ -127,14 +128,7 @@ class SAM2ImagePredictor:
         features = self._require(batch=False)
         given = [point_coords, point_labels, box, mask_input]
         prompts = self._prompts(given, normalize_coords, self._sizes[0])
-        count = prompts.num_objects
-        size = min(power_of_two(count), MOST_AT_ONCE)
-        parts = []
-        for start in range(0, count, size):
-            part = _padded(jax.tree.map(lambda x, s=start: x[s : s + size], prompts), size)
-            parts.append(_decode(self.model, self.params, features, part, multimask_output))
-        found = jax.tree.map(lambda *x: np.concatenate(x)[:count], *parts)
-        return self._finish(found, self._sizes[0], return_logits)
+        return self._answer(features, prompts, self._sizes[0], multimask_output, return_logits)
 
     def predict_batch(
         self,
@@ -146,7 +140,7 @@ class SAM2ImagePredictor:
         return_logits: bool = False,
         normalize_coords: bool = True,
     ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-        """`predict` on every image of `set_image_batch`, decoded as one program.
+        """`predict` on every image of `set_image_batch`.
 
         Each argument is a list or an array with an entry per image, and each result a list.
 
@@ -165,15 +159,10 @@ class SAM2ImagePredictor:
             self._prompts(prompts, normalize_coords, size)
             for *prompts, size in zip(*columns, self._sizes, strict=True)
         ]
-        objects = power_of_two(max(row.num_objects for row in rows))
-        width = max(row.labels.shape[1] for row in rows)
-        stacked = jax.tree.map(lambda *x: np.stack(x), *(_padded(r, objects, width) for r in rows))
-        found = _decode_batch(self.model, self.params, features, stacked, multimask_output)
-        found = jax.tree.map(np.asarray, found)
         answers = []
-        for i, row in enumerate(rows):
-            one = jax.tree.map(lambda x, i=i, n=row.num_objects: x[i, :n], found)
-            answers.append(self._finish(one, self._sizes[i], return_logits))
+        for i, (prompts, size) in enumerate(zip(rows, self._sizes, strict=True)):
+            one = jax.tree.map(lambda x, i=i: x[i : i + 1], features)
+            answers.append(self._answer(one, prompts, size, multimask_output, return_logits))
         masks, ious, logits = zip(*answers, strict=True)
         return list(masks), list(ious), list(logits)
 
@@ -254,8 +243,22 @@ class SAM2ImagePredictor:
             raise ValueError("mask_input must be finite.")
         return logits.reshape(-1, size, size)
 
-    def _finish(self, found: MaskPrediction, size: tuple[int, int], return_logits: bool) -> Answer:
+    def _answer(
+        self,
+        features: ImageFeatures,
+        prompts: Prompts,
+        size: tuple[int, int],
+        multimask: bool,
+        return_logits: bool,
+    ) -> Answer:
         """Masks of N objects at the image's size; those of a single one without a leading axis."""
+        count = prompts.num_objects
+        batch = min(power_of_two(count), MOST_AT_ONCE)
+        parts = []
+        for start in range(0, count, batch):
+            part = _padded(jax.tree.map(lambda x, s=start: x[s : s + batch], prompts), batch)
+            parts.append(_decode(self.model, self.params, features, part, multimask))
+        found: MaskPrediction = jax.tree.map(lambda *x: np.concatenate(x)[:count], *parts)
         options = (size, self.max_hole_area, self.max_sprinkle_area, return_logits)
         full = np.empty((*found.ious.shape, *size), np.float32)
         for place, masks in enumerate(found.masks):  # one by one, since these are large
@@ -274,15 +277,6 @@ def preprocess(images: Array, size: int) -> Array:
 @partial(jax.jit, static_argnums=(0, 4))
 def _decode(model, params, features, prompts, multimask):
     return decode_masks(model, params, features, prompts, multimask=multimask)
-
-
-@partial(jax.jit, static_argnums=(0, 4))
-def _decode_batch(model, params, features, prompts, multimask):
-    return jax.vmap(
-        lambda features, prompts: decode_masks(
-            model, params, features, prompts, multimask=multimask
-        )
-    )(features, prompts)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -322,17 +316,7 @@ def _as_prompts(
     return Prompts(**fields)
 
 
-def _padded(prompts: Prompts, count: int, width: int | None = None) -> Prompts:
-    """Prompts of `count` objects with `width` points; those added mean nothing."""
+def _padded(prompts: Prompts, count: int) -> Prompts:
+    """Prompts of `count` objects; those added mean nothing."""
     missing = count - prompts.num_objects
-    wider = 0 if width is None else width - prompts.labels.shape[1]
-
-    def pad(x: np.ndarray, axes: int) -> np.ndarray:
-        extra = [(0, missing), (0, wider)][:axes]
-        return np.pad(x, extra + [(0, 0)] * (x.ndim - axes))
-
-    points_like = ("points", "labels")
-    names = ("points", "labels", "num_points", "kind", "logits", "has_logits")
-    return prompts.replace(
-        **{name: pad(getattr(prompts, name), 2 if name in points_like else 1) for name in names}
-    )
+    return jax.tree.map(lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), prompts)

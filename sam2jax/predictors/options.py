@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -39,13 +41,16 @@ def load_with(
     source: Any, options: dict[str, Any], own: Iterable[str]
 ) -> tuple[SAM2, Any, dict[str, Any]]:
     """Loads a checkpoint; also returns the options that are the predictor's `own`."""
-    options = without_torch(options, stacklevel=4)
+    options = as_options(options, stacklevel=4)
     kept = {name: options.pop(name) for name in own if name in options}
     return *load(source, **options), kept
 
 
-def without_torch(options: dict[str, Any], stacklevel: int = 3) -> dict[str, Any]:
-    """Drops options that only mean something to PyTorch, with one warning."""
+def as_options(options: dict[str, Any], stacklevel: int = 3) -> dict[str, Any]:
+    """Options of the official builders as ours: those of `hydra_overrides_extra` by their names,
+    and with one warning without those that only mean something to PyTorch."""
+    options = dict(options)
+    options.update(map(_override, options.pop("hydra_overrides_extra", ())))
     dropped = [name for name in TORCH_OPTIONS if name in options]
     if dropped:
         warnings.warn(
@@ -54,3 +59,14 @@ def without_torch(options: dict[str, Any], stacklevel: int = 3) -> dict[str, Any
             stacklevel=stacklevel,
         )
     return {name: value for name, value in options.items() if name not in TORCH_OPTIONS}
+
+
+def _override(text: str) -> tuple[str, Any]:
+    """`++model.image_size=512` -> ("image_size", 512)."""
+    match = re.fullmatch(r"\+{0,2}model\.(?:sam_mask_decoder_extra_args\.)?(\w+)=(.+)", text)
+    try:
+        if match:
+            return match[1], json.loads(match[2].lower())
+    except json.JSONDecodeError:
+        pass
+    raise ValueError(f"Expected an override like ++model.image_size=512, got {text!r}.")

@@ -43,7 +43,7 @@ def answer(
       previous: an earlier answer on this frame, which is fed back.
     """
     refine = frame in history.tracked
-    if refine and not history.cond:
+    if refine and mask is None and not history.cond:  # clicks are answered with memory
         raise RuntimeError(
             f"Frame {frame} was tracked from prompts that are gone: prompt another frame, and "
             "propagate, before correcting this one."

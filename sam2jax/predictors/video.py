@@ -82,16 +82,16 @@ class SAM2VideoPredictor:
         self.policy = policy
 
     @classmethod
-    def from_pretrained(cls, source: Any, **options: Any) -> SAM2VideoPredictor:
+    def from_pretrained(cls, model_id: Any, **options: Any) -> SAM2VideoPredictor:
         """Loads a checkpoint.
 
         Args:
-          source: as in `load`: a file, a folder, a hub id, or the name of a shipped model.
+          model_id: a file, a folder, a hub id, or the name of a shipped model; `source` of `load`.
           **options: of `load` (`image_size`, `dtype`, `apply_postprocessing`, and every inference
             option of `SAM2Config`) and of the constructor. `device`, `mode` and `vos_optimized`
             mean nothing here; they are accepted with a warning.
         """
-        model, params, own = load_with(source, options, PREDICTOR_OPTIONS)
+        model, params, own = load_with(model_id, options, PREDICTOR_OPTIONS)
         return cls(model, params, **own)
 
     def __setattr__(self, name: str, value: Any) -> None:

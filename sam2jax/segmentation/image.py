@@ -16,13 +16,36 @@ from sam2jax.ops.resize import preprocess_image
 from sam2jax.types import Array, ImageFeatures, MaskCandidates, MaskPrediction, Prompts
 
 
+def preprocess_images(model: SAM2, images: Array) -> Array:
+    """Resizes and normalises, as everything that takes uint8 frames does by itself.
+
+    Done beforehand where a gradient with respect to pixels is wanted, say. Points then are in
+    pixels of the S x S image.
+
+    Args:
+      model: static description, from `load`.
+      images: uint8 RGB [B, H, W, 3], or float [B, S, S, 3], which comes back as it is.
+
+    Returns:
+      float32 [B, S, S, 3]: scaled to [0, 1], resized bilinearly with antialiasing, less ImageNet's
+      mean (0.485, 0.456, 0.406), over its standard deviation (0.229, 0.224, 0.225).
+
+    Raises:
+      ValueError, TypeError: it is no such array.
+    """
+    size = model.config.image_size
+    _check_images(images, size)
+    return preprocess_image(jnp.asarray(images), size)
+
+
 def encode_image(model: SAM2, params: Any, images: Array) -> ImageFeatures:
     """Encodes images as one batch.
 
     Args:
       model: static description, from `load`.
       params: its parameters.
-      images: uint8 RGB [B, H, W, 3], or float [B, S, S, 3] resized and normalised.
+      images: uint8 RGB [B, H, W, 3], or float [B, S, S, 3] resized and normalised
+        (`preprocess_images`).
 
     Returns:
       Features with a leading [B].
@@ -31,7 +54,11 @@ def encode_image(model: SAM2, params: Any, images: Array) -> ImageFeatures:
       ValueError, TypeError: it is no such array.
     """
     check_model(model, params)
-    size = model.config.image_size
+    _check_images(images, model.config.image_size)
+    return _encode_image(model, params, images)
+
+
+def _check_images(images: Any, size: int) -> None:
     expected = f"uint8 RGB [B, H, W, 3], or float [B, {size}, {size}, 3] already normalised"
     shape, dtype = getattr(images, "shape", None), getattr(images, "dtype", None)
     if shape is None or dtype is None:
@@ -43,7 +70,6 @@ def encode_image(model: SAM2, params: Any, images: Array) -> ImageFeatures:
             raise ValueError(f"Expected images, {expected}; got {dtype} of shape {tuple(shape)}.")
     elif dtype != jnp.uint8:
         raise TypeError(f"Expected images, {expected}; got {dtype}.")
-    return _encode_image(model, params, images)
 
 
 def decode_masks(

@@ -121,20 +121,24 @@ def _answer_frame(
 ) -> tuple[FrameResult, Any]:
     """A frame's answer, and memory as if it were to be written, and what the policy carries on.
 
-    Objects are independent given the frame's features. They are taken a few at a time, and those
-    that have neither memory nor prompt cost nothing.
+    Objects are independent given the frame's features. They are taken a few at a time, the last
+    group filled up with its last one, and groups without memory or prompt cost nothing.
     """
-    count, group = state.num_objects, model.config.objects_at_once
-    group = max(size for size in range(1, count + 1) if count % size == 0 and size <= group)
+    count = state.num_objects
+    groups = -(-count // model.config.objects_at_once)
+    group = -(-count // groups)
 
     def answer(item: tuple[TrackState, Prompts]) -> tuple[FrameResult, Any]:
         return _answer_group(model, params, policy, *item, features, direction, explain)
 
     def split(x: Array) -> Array:
-        return x.reshape(count // group, -1, *x.shape[1:])
+        missing = (groups * group - count) * (x.shape[0] // count)
+        if missing:
+            x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (missing, *x.shape[1:]))])
+        return x.reshape(groups, -1, *x.shape[1:])
 
     def join(x: Array) -> Array:
-        return x.reshape(-1, *x.shape[2:])
+        return x.reshape(-1, *x.shape[2:])[: count * x.shape[1] // group]
 
     held = jax.tree.map(split, (state.bank, state.carried, prompts))
     answers = jax.lax.map(lambda x: answer((state.replace(bank=x[0], carried=x[1]), x[2])), held)
@@ -212,7 +216,8 @@ def _segment(model, params, policy, state, features, memory_read, prompts, now, 
         mask = fit_mask_prompt(prompts.mask, config.image_size)
     if prompts.logits is not None:
         fed_back = jnp.clip(prompts.logits, -MAX_FED_BACK_LOGIT, MAX_FED_BACK_LOGIT)
-        prompts = prompts.replace(logits=fed_back)
+        has_logits = prompts.has_logits & (prompts.kind != NONE)
+        prompts = prompts.replace(logits=fed_back, has_logits=has_logits)
     conditioned, attended = condition_features(run, state, features, memory_read, prompts, explain)
     candidates = decode(run, features, conditioned, prompts, mask)
     choice, carried = _choose(config, policy, state, candidates, now)

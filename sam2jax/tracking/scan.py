@@ -63,14 +63,15 @@ def track(
       prompts: by frame index; or those of the first frame to be tracked. Frames outside of this
         chunk are passed over (`condition` remembers them).
       state: where to continue; None: a new clip of these frames, whose first one has index 0,
-        with room for every prompted frame. Of a clip that comes in chunks the first, too, is given
-        a state: `init_state` is told how long all of it is. `frames` begin at `state.frame_index`,
-        or end there in reverse.
+        with room for every prompted frame. For a clip in chunks give the first chunk a state, too:
+        `init_state(..., num_frames=length of the whole clip)`. `frames` begin at
+        `state.frame_index`, or end there in reverse.
       lengths: [V] int32, how many of these T frames are each of several videos' own; behind them
         nothing is answered or remembered.
       reverse: from the last frame to the first.
-      policy: what is remembered and attended to. One of several lineages answers at the end of
-        the chunk, along the best of them, unless it is `online`.
+      policy: what is remembered and attended to. One that follows several lineages returns the
+        history of the lineage that is best at the end of the chunk, or, if it is `online`, each
+        frame's best so far.
       explain: the answers come with an `Explanation`: what was attended to, the candidates, and
         the policy's own state.
       look_ahead: whether prompted frames of this chunk are encoded first; False where `condition`
@@ -318,6 +319,8 @@ def _unless_padding(before: TrackState, after: TrackState, result: FrameResult, 
 
 def _read_back(outputs: FrameOutput, parents: Array, lineages: int, reverse: bool) -> FrameOutput:
     """From the lineages that are best at the end, back through what they went on from.
+
+    Each object's lineages are sorted, the best first (`Choice`).
 
     Args:
       outputs: leading [T, N * P].

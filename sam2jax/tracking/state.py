@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from sam2jax.checks import check_frame_index
 from sam2jax.config import SAM2Config
 from sam2jax.memory.bank import MemoryBank, empty
 from sam2jax.memory.policy import SAM2 as SAM2_POLICY
@@ -74,6 +75,7 @@ def init_state(
         )
     if num_frames is not None and num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, or None for a stream, got {num_frames}.")
+    check_frame_index(frame_index)
     bank = empty(model.config, max_cond_frames, policy.room)
     held = bank, policy.init(model.config, policy.settings, bank)
     rows = num_objects * policy.lineages

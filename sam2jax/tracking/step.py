@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sam2jax.checks import check_frame, check_model, check_prompts
+from sam2jax.checks import check_frame, check_frame_index, check_model, check_prompts
 from sam2jax.config import SAM2Config
 from sam2jax.memory.policy import SAM2 as SAM2_POLICY
 from sam2jax.memory.policy import MemoryPolicy
@@ -90,6 +90,7 @@ def condition(
     check_state(model.config, state, policy)
     check_frame(model.config, frame)
     check_prompts(model.config, prompts, state.num_objects)
+    check_frame_index(frame_index)
     index = jnp.asarray(frame_index, jnp.int32)
     direction = time_direction(reverse)
     return _condition(model, params, policy, state, frame, prompts, index, direction)

@@ -2,11 +2,17 @@
 
 import ast
 import importlib.util
+import inspect
 import pathlib
 import re
 
 import pytest
+from sam2 import build_sam
+from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+from sam2.sam2_video_predictor import SAM2VideoPredictor
 
+import sam2jax
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.parity
@@ -42,3 +48,39 @@ def test_every_official_name_is_there():
     page = (ROOT / "docs/migrating.md").read_text()
     told = set(re.findall(r"\w+", " ".join(re.findall(r"^\|(.+?)\|", page, re.MULTILINE))))
     assert names - told == set()
+
+
+CLASSES = (SAM2ImagePredictor, SAM2AutomaticMaskGenerator, SAM2VideoPredictor)
+CONSTRUCTED = CLASSES[:2]  # the third is built by configuration files
+FUNCTIONS = [f"build_sam2{video}{hub}" for video in ("", "_video_predictor") for hub in ("", "_hf")]
+
+
+def arguments(function: object) -> dict[str, object]:
+    """Names and defaults of those that are not collected."""
+    collected = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    given = inspect.signature(function).parameters.values()
+    return {each.name: each.default for each in given if each.kind not in collected}
+
+
+@pytest.mark.parametrize("name", [each.__name__ for each in CLASSES] + FUNCTIONS)
+def test_arguments_have_the_official_names_and_defaults(name: str):
+    """Each method of ours that the official class has, too."""
+    ours = getattr(sam2jax, name)
+    if name in FUNCTIONS:
+        pairs = {name: (getattr(build_sam, name), ours)}
+    else:
+        theirs = next(each for each in CLASSES if each.__name__ == name)
+        shared = [n for n in vars(ours) if n in vars(theirs) and callable(getattr(ours, n))]
+        shared = [n for n in shared if n[0] != "_" or (n == "__init__" and theirs in CONSTRUCTED)]
+        pairs = {n: (getattr(theirs, n), getattr(ours, n)) for n in shared}
+        assert len(pairs) > 2
+    for called, (official, own) in pairs.items():
+        expected, found = arguments(official), arguments(own)
+        torch_only = {"device": None, "mode": None}
+        expected = {k: torch_only.get(k, v) for k, v in expected.items()}
+        found = {k: v for k, v in found.items() if k in expected}
+        assert list(found) == list(expected), called
+        if expected.get("hydra_overrides_extra") == []:
+            expected["hydra_overrides_extra"] = ()
+        differing = {k: (v, found[k]) for k, v in expected.items() if v != found[k]}
+        assert not differing, (called, differing)

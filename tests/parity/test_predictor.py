@@ -154,6 +154,24 @@ def test_refused_calls_change_nothing(media: pathlib.Path, script: Callable[[Bot
         script(both)
 
 
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_mask_on_a_tracked_frame_whose_prompts_are_gone(media: pathlib.Path, stays: bool):
+    """It is answered without memory; if corrections stay, it is tracked from."""
+    config = small_config()
+    options = {"add_all_frames_to_correct_as_cond": stays}
+    frames = load_clip(media, config.image_size, LENGTH)
+    both = Both(pair(config, seed=4), frames, SMALL, **options)
+    both.mask(0, "a", ellipse(*SIZE))
+    both.propagate()
+    both.clear(0, "a")
+    both.mask(3, "a", ellipse(30, 30))
+    if stays:
+        both.propagate()
+    else:
+        with pytest.raises(Refused):
+            both.propagate()
+
+
 def test_removing_an_object_that_is_not_there_does_nothing(media: pathlib.Path):
     config = small_config()
     both = Both(pair(config, seed=4), load_clip(media, config.image_size, LENGTH), SMALL)
