@@ -312,7 +312,10 @@ def test_the_official_builders(tmp_path, monkeypatch):
         assert set(built.params) == set(random_params(config))
     assert sam2jax.build_sam2_video_predictor_hf(path).image_size == 64
     larger = {"hydra_overrides_extra": ["++model.image_size=96"]}
-    for build in (sam2jax.build_sam2_video_predictor_hf, sam2jax.SAM2ImagePredictor.from_pretrained):
+    for build in (
+        sam2jax.build_sam2_video_predictor_hf,
+        sam2jax.SAM2ImagePredictor.from_pretrained,
+    ):
         assert build(path, **larger).config.image_size == 96
     model = sam2jax.build_sam2_hf(model_id=path, **larger)
     assert sam2jax.SAM2ImagePredictor(sam_model=model).config.image_size == 96

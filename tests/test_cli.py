@@ -497,6 +497,8 @@ runpy.run_module("sam2jax", run_name="__main__")
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("SAM2JAX_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
+    monkeypatch.setenv("SAM2JAX_CACHE", "~/own")
+    assert cache_folder() == pathlib.Path.home() / "own"
     monkeypatch.delenv("SAM2JAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "sam2jax"

@@ -74,6 +74,11 @@ def test_what_segment_refuses(command, checkpoint, photo):
     )
     assert result.exit_code == 2 and "not an image" in result.output
     assert os.listdir() == []
+    os.makedirs("held/masks")
+    given = ("--checkpoint", checkpoint, "--point", "1,2", "--out", "a.png", "--masks", "held")
+    result = command("segment", photo, *given)
+    assert result.exit_code == 2 and "held exists already" in result.output
+    assert os.listdir() == ["held"]  # nor the picture
     given = ("--checkpoint", checkpoint, "--point", "1,2", "--out", photo)
     result = command("segment", "missing.png", *given)
     assert result.exit_code == 2 and "there is no file missing.png" in result.output

@@ -145,14 +145,16 @@ def test_bad_streams_are_refused(tmp_path, track):
         refused(track("-", "--mask", tmp_path / "small.png", "--masks", "m"), "8x8", "64x48")
 
 
-def test_interrupt_finishes_the_files(track):
-    """Ctrl-C while the camera is silent: the files hold all frames up to there."""
+@pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupt_finishes_the_files(track, way):
+    """While the camera is silent, by Ctrl-C, a service manager or a lost terminal: the files hold
+    all frames up to there."""
     seen = []
 
     def interrupt():
         seen.extend(wait_for_files(".masks.*/*.png", 3))
         seen.extend(os.listdir())
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), way)
 
     before = signal.getsignal(signal.SIGINT)
     with piped() as pipe:

@@ -535,6 +535,19 @@ def test_tracking_and_scoring_in_one_command(command, checkpoint, tmp_path):
     assert again.exit_code == 0 and again.stdout != result.stdout
 
 
+@pytest.mark.parametrize(
+    "option", [["--json", "a.json"], ["--truth", "."], ["--keep-first-and-last"], ["--workers", 2]]
+)
+def test_options_of_scoring_need_a_score(command, checkpoint, tmp_path, option):
+    write_davis(tmp_path, ("bear",))
+    given = ["eval", tmp_path / "videos", "--masks", tmp_path / "masks", "--checkpoint", checkpoint]
+    result = command(*given, "--out", "found", *option)
+    assert result.exit_code == 2 and f"{option[0]} is for scoring" in result.output
+    result = command(*given, "--out", "found", "--score", "--json", "no/a.json")
+    assert result.exit_code == 2 and "no folder for --json no/a.json" in result.output
+    assert not pathlib.Path("found").exists()
+
+
 def test_shards_and_damaged_videos(command, checkpoint, tmp_path):
     names = ["ant", "bear", "camel", "dog"]
     write_davis(tmp_path, tuple(names))

@@ -93,6 +93,23 @@ def test_what_was_there_stays_when_the_disk_is_full(tmp_path, name):
     assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_bytes() == b"before"
 
 
+def test_of_a_link_what_it_leads_to_is_written(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link, target = tmp_path / "a.png", tmp_path / "elsewhere" / "b.png"
+    link.symlink_to(target)
+    for _ in range(2):  # at first it leads nowhere
+        WRITERS["a.png"](link)
+        assert link.is_symlink() and target.stat().st_size > 0
+    assert os.listdir(tmp_path / "elsewhere") == ["b.png"]
+
+
+def test_devices_and_pipes_are_left_alone(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png is a device or a pipe"):
+        WRITERS["a.png"](tmp_path / "a.png")
+    assert (tmp_path / "a.png").is_fifo() and os.listdir(tmp_path) == ["a.png"]
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that none can write to")
 @pytest.mark.parametrize("name", WRITERS)
 def test_folder_that_cannot_be_written_to(name):

@@ -83,6 +83,12 @@ def test_video_from_bytes(tmp_path):
     assert [number(frame) for frame in open_video(data, 32)] == FORWARD
 
 
+def test_a_name_with_a_colon_is_no_protocol(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_clip(tmp_path / "2024-05-01T10:30.mp4")
+    assert [number(frame) for frame in open_video("2024-05-01T10:30.mp4", 32)] == FORWARD
+
+
 @pytest.mark.parametrize("rotation", [90, 180, 270])
 def test_rotation_is_applied(tmp_path, rotation):
     plain = open_video(write_clip(tmp_path / "plain.mp4"), 32)

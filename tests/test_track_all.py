@@ -117,6 +117,8 @@ def test_lists_and_folders(tmp_path):
     assert (b.name, b.prompts) == ("b", [{"points": [[1, 2]]}])
     assert (again.name, again.prompts) == ("again", tmp_path / "v/p.json")
     assert again.folder == tmp_path / "v"
+    (tmp_path / "home.txt").write_text("~/v/a.mp4")
+    assert read_list(tmp_path / "home.txt")[0].video == pathlib.Path.home() / "v/a.mp4"
     for name in ("b.MOV", "a.mp4", "a.json", "a.png", ".hidden.mp4"):
         (tmp_path / "v" / name).touch()
     (tmp_path / "v/c.2").mkdir()

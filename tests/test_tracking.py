@@ -13,7 +13,8 @@ import sam2jax
 from sam2jax import ClipPrompts, Prompts
 from sam2jax.ops.resize import preprocess_image
 from sam2jax.testing import random_params, small_config
-from sam2jax.tracking import frame, scan
+from sam2jax.tracking import frame as one_frame
+from sam2jax.tracking import scan
 from sam2jax.types import EMPTY, NO_OBJ_SCORE
 
 CONFIG = small_config(image_size=64)
@@ -229,13 +230,13 @@ def test_objects_are_taken_a_few_at_a_time(params, together, rows, monkeypatch):
     frames = clip(3)
     prompts = Prompts.make(points=[[(30 + 4 * i, 18)] for i in range(5)])
     _, expected = sam2jax.track(MODEL, params, frames, prompts)
-    answer, seen = frame._answer_group, []
+    answer, seen = one_frame._answer_group, []
 
     def noted(*given):
         seen.append(given[4].num_objects)
         return answer(*given)
 
-    monkeypatch.setattr(frame, "_answer_group", noted)
+    monkeypatch.setattr(one_frame, "_answer_group", noted)
     model = sam2jax.SAM2(dataclasses.replace(CONFIG, objects_at_once=together))
     _, found = sam2jax.track(model, params, frames, prompts)
     assert set(seen) == {rows}

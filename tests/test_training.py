@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import signal
 import sys
 from types import SimpleNamespace
@@ -181,6 +182,22 @@ def test_configurations_that_ship():
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(scratch)))
     assert 1e6 < size < 2e6
     assert read_config("lora").lora is not None
+
+
+def test_paths_of_configurations_from_home(tmp_path):
+    path = tmp_path / "a.toml"
+    text = '''output = "~/runs"
+steps = 1
+model = {checkpoint = "~/a.pt"}
+[[data.sources]]
+kind = "folder"
+images = "~/images"
+masks = "masks~"'''
+    path.write_text(text)
+    config, home = read_config(path), os.path.expanduser("~")
+    (source,) = config.data.sources
+    given = config.output, config.model.checkpoint, source.images, source.masks
+    assert given == (f"{home}/runs", f"{home}/a.pt", f"{home}/images", "masks~")
 
 
 @pytest.mark.parametrize(

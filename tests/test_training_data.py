@@ -1,6 +1,7 @@
 """Training data: sources, sampling, configuration."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -98,6 +99,29 @@ def test_file_list(tmp_path):
     (tmp_path / "list.txt").write_text("c\na.mp4\n\n")
     source = folder_source(tmp_path, file_list=str(tmp_path / "list.txt"))
     assert FolderReader(source)._names == ["a", "c"]
+
+
+def test_file_list_with_folders(tmp_path):
+    """As SA-V's training set comes."""
+    for part in ("sav_000", "sav_001"):
+        (tmp_path / part).mkdir()
+        write_sav(tmp_path / part, "clip")
+    (tmp_path / "list.txt").write_text("sav_001/clip.mp4\nsav_000/clip\n")
+    source = SAVSource(str(tmp_path), str(tmp_path), file_list=str(tmp_path / "list.txt"))
+    reader = SAVReader(source)
+    assert len(reader) == 2
+    assert all(len(reader.read(i, rng(), 2, 1).frames) == 2 for i in range(2))
+
+
+def test_masks_beside_frames_are_no_frames(tmp_path):
+    write_palette_video(tmp_path, "a", 3)
+    frames, masks = tmp_path / "JPEGImages" / "a", tmp_path / "Annotations" / "a"
+    for path in masks.iterdir():
+        shutil.copy(path, frames / path.name)
+    together = FolderSource(str(tmp_path / "JPEGImages"), str(tmp_path / "JPEGImages"))
+    for source in (folder_source(tmp_path), together):
+        clip = FolderReader(source).read(0, rng(), 3, 1)
+        assert [number(np.asarray(frame)) for frame in clip.frames] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("film", [False, True])

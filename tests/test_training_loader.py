@@ -1,5 +1,6 @@
 """The loader shuffles, shards and resumes, and puts up with some damage."""
 
+import dataclasses
 import json
 import logging
 
@@ -198,5 +199,36 @@ def test_nothing_but_damage_stops_the_run(tmp_path):
     source = write_images(tmp_path, 2)
     for i in range(2):
         damage(tmp_path / f"sa_{i}.json", "truncated")
-    with pytest.raises(ValueError, match="examples in a row are damaged"):
+    with pytest.raises(ValueError, match="100 examples in a row cannot be used; the last: .*sa_"):
         next(loader(source))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_videos_that_no_clip_can_be_drawn_from_are_no_damage(tmp_path, caplog, workers):
+    """However many: they are too short, or show nothing."""
+    for i in range(9):
+        write_palette_video(tmp_path, f"v{i}", 1 if i < 6 else 4)
+    for path in (tmp_path / "Annotations" / "v8").iterdir():
+        Image.new("L", (WIDTH, HEIGHT)).save(path)
+    batches = loader(
+        folder_source(tmp_path), max_damaged=0, num_frames=4, image_size=32, workers=workers
+    )
+    with caplog.at_level(logging.INFO):
+        for _ in range(6):
+            assert next(batches).masks[:, 0].any((1, 2, 3)).all()
+    assert not batches.damaged
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert "v0 has 1 annotated frames, and a clip of 4 needs 4" in said
+    assert "v8 has no frame with an object" in said
+
+
+def test_images_of_one_file_are_told_apart(tmp_path):
+    """COCO's annotations of all images are in one."""
+    source = write_images(tmp_path, 6)
+    images = [{"id": i, "file_name": f"sa_{i}.png"} for i in range(6)]
+    annotations = [{"image_id": i, "segmentation": 3, "area": 9} for i in range(6)]
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    batches = loader(dataclasses.replace(source, masks=str(path)), max_damaged=3)
+    with pytest.raises(ValueError, match=r"4 damaged .*instances.json \(sa_\d.png\)"):
+        next(batches)

@@ -126,6 +126,18 @@ def evaluate(
     """
     with errors_told():
         part, parts = _parse_shard(shard)
+        scoring = {
+            "--truth": truth is not None,
+            "--keep-first-and-last": keep_first_and_last,
+            "--no-strict": not strict,
+            "--workers": workers is not None,
+            "--json": as_json is not None,
+        }
+        unused = [option for option, given in scoring.items() if given]
+        if unused and not score:
+            raise ValueError(f"{', '.join(unused)} is for scoring; give --score too.")
+        if as_json is not None and not as_json.absolute().parent.is_dir():
+            raise FileNotFoundError(f"there is no folder for --json {as_json}; create it first.")
         if videos is None and not score:
             raise ValueError("there is nothing to do: give VIDEOS, --score or both.")
         if out is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -87,14 +88,14 @@ def _task(given: Mapping[str, Any], folder: pathlib.Path) -> Task:
     known = {"video", "prompts", "name"}
     if not isinstance(given.get("video"), str) or not set(given) <= known:
         raise ValueError('expected a path, or {"video": PATH} with maybe "prompts" and "name".')
-    video = folder / given["video"]
+    video = folder / os.path.expanduser(given["video"])
     name = given.get("name", _stem(video))
     whole = isinstance(name, str) and name and pathlib.PurePath(name).name == name
     if not whole or name.startswith("."):
         raise ValueError(f"the name {name!r} must be that of a file, without a folder.")
     prompts = given.get("prompts")
     if isinstance(prompts, str):
-        path = folder / prompts
+        path = folder / os.path.expanduser(prompts)
         return Task(name, video, path, path.parent)
     return Task(name, video, prompts, folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,22 +60,30 @@ def segment(
       sam2jax segment cups.jpg --checkpoint sam2.1_hiera_tiny.pt --point 210,350 \\
         --point 250,220,0 --box 320,90,500,400@2 --out cups_masks.png
     """
-    with errors_told():
+    with errors_told(), contextlib.ExitStack() as stack:
         table = read_prompts(point or (), box or (), options="--point or --box")
         if set(table.frames) != {0}:
             raise ValueError(f"an image has no frame {max(table.frames)}; leave the frame out.")
         if out is None and masks is None:
             raise ValueError("there is nothing to write: say where with --out or --masks.")
-        from sam2jax.io.images import read_image
+        from sam2jax.io.images import check_picture_name, read_image
+        from sam2jax.io.masks import mask_writer
         from sam2jax.predictors.image import SAM2ImagePredictor
 
         picture = read_image(image)
         check_inside(table, picture.shape[0], picture.shape[1], str(image))
         refuse_overwriting([image], {"--out": out, "--masks": masks})
+        if out is not None:
+            check_picture_name(out)
+        writer = None if masks is None else stack.enter_context(mask_writer(masks))
         predictor = SAM2ImagePredictor(load_model(checkpoint, image_size, dtype))
         predictor.set_image(picture)
         found = _segment(predictor, table)
-        _write(picture, image.stem, table, found, out, masks)
+        if writer is not None:
+            writer.write(0, image.stem, table.object_ids, found)
+        if out is not None:
+            _draw(out, picture, table, found)
+        stack.close()  # the masks appear
         for path in filter(None, (out, masks)):
             typer.echo(str(path))
 
@@ -95,22 +104,9 @@ def _segment(predictor: SAM2ImagePredictor, table: PromptTable) -> np.ndarray:
     return np.stack([best(table.frames[0][object_id]) for object_id in table.object_ids])
 
 
-def _write(
-    picture: np.ndarray,
-    name: str,
-    table: PromptTable,
-    found: np.ndarray,
-    out: pathlib.Path | None,
-    masks: pathlib.Path | None,
-) -> None:
+def _draw(out: pathlib.Path, picture: np.ndarray, table: PromptTable, found: np.ndarray) -> None:
     from sam2jax.io.drawing import Marks, overlay
     from sam2jax.io.images import write_image
-    from sam2jax.io.masks import mask_writer
 
-    ids = table.object_ids
-    if out is not None:
-        marks = [Marks(i, p.points, p.labels, p.box) for i, p in table.frames[0].items()]
-        write_image(out, overlay(picture, found, ids, marks))
-    if masks is not None:
-        with mask_writer(masks) as writer:
-            writer.write(0, name, ids, found)
+    marks = [Marks(i, p.points, p.labels, p.box) for i, p in table.frames[0].items()]
+    write_image(out, overlay(picture, found, table.object_ids, marks))

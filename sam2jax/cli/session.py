@@ -114,7 +114,7 @@ def cache_folder() -> pathlib.Path:
     """Where things are kept between runs: $SAM2JAX_CACHE, or sam2jax in the user's cache."""
     given = os.environ.get("SAM2JAX_CACHE")
     if given:
-        return pathlib.Path(given)
+        return pathlib.Path(given).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "sam2jax"
 

@@ -223,17 +223,23 @@ def _open(
 
 @contextlib.contextmanager
 def _ended_by_interrupt(stream: Stream) -> Iterator[None]:
-    """Makes the first Ctrl-C end the stream, so that files are finished; a second breaks off."""
+    """Makes the first Ctrl-C, or a service manager's request to end, or a lost terminal, end the
+    stream, so that files are finished; a second breaks off."""
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def stop(*_: object) -> None:
-        signal.signal(signal.SIGINT, before)
+        restore()
         stream.stop()
 
-    before = signal.signal(signal.SIGINT, stop)
+    ways = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in ways}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 def _open_sinks(

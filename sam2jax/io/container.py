@@ -266,7 +266,8 @@ def _open(source: pathlib.Path | bytes, name: str) -> Any:
             container = av.open(io.BytesIO(source), **ANY_METADATA)
         else:
             with source.open("rb"):  # for Python's own, clearer errors about access
-                container = av.open(str(source), **ANY_METADATA)
+                # From the root on: FFmpeg takes what is before a colon for a protocol.
+                container = av.open(str(source.absolute()), **ANY_METADATA)
     except (FFmpegError, MemoryError) as error:
         raise ValueError(
             f"{name} is not a video that FFmpeg can read, or an incomplete one; expected a video "

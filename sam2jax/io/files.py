@@ -20,14 +20,18 @@ def atomic_path(dest: PathLike) -> Iterator[pathlib.Path]:
     """Yields a temporary path beside `dest`, with its suffix, that becomes `dest` on success.
 
     The body must create the file. On any failure it is removed, and what `dest` held before stays.
+    Of a link it is what it leads to that is written.
 
     Raises:
         FileNotFoundError: the folder of `dest` does not exist.
-        ValueError: `dest` is a folder.
+        ValueError: `dest` is a folder, or a device or a pipe.
     """
     dest = pathlib.Path(dest)
     if dest.is_dir():
         raise ValueError(f"{dest} is a folder; give the name of a file to write.")
+    if dest.exists() and not dest.is_file():
+        raise ValueError(f"{dest} is a device or a pipe; give the name of a file to write.")
+    dest = dest.resolve()
     temporary = _temporary_name(dest)
     try:
         yield temporary

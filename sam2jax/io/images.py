@@ -46,6 +46,11 @@ def list_images(folder: PathLike) -> list[pathlib.Path]:
     return _in_order(folder, _image_paths(folder))
 
 
+def list_masks(folder: PathLike) -> list[pathlib.Path]:
+    """The PNG files of a folder, frames beside them or not; as `list_images`."""
+    return _in_order(folder, [p for p in _image_paths(folder) if p.suffix.lower() == ".png"])
+
+
 def _image_paths(folder: PathLike) -> list[pathlib.Path]:
     return [
         path
@@ -112,10 +117,18 @@ def write_image(path: PathLike, picture: np.ndarray) -> None:
     """
     from PIL import Image
 
-    if pathlib.Path(path).suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"{path}: expected a name that ends in {', '.join(IMAGE_SUFFIXES)}.")
+    check_picture_name(path)
     with atomic_path(path) as temporary:
         Image.fromarray(picture).save(temporary)
+
+
+def check_picture_name(path: PathLike) -> None:
+    """Raises what `write_image` would, where it can be seen beforehand."""
+    path = pathlib.Path(path)
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"{path}: expected a name that ends in {', '.join(IMAGE_SUFFIXES)}.")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder of {path} does not exist; create it first.")
 
 
 def resize_image(image: Image, size: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import re
 import tomllib
@@ -17,6 +18,7 @@ from sam2jax.training.optimizer import OptimizerConfig
 from sam2jax.training.prompts import PromptConfig
 
 SHIPPED = pathlib.Path(__file__).parent / "configs"
+_PATHS = ("output", "images", "masks", "file_list", "checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +118,21 @@ def read_config(source: str | pathlib.Path) -> TrainConfig:
       ValueError: it is no TOML, or an entry is wrong; names it.
     """
     try:
-        return TrainConfig.from_dict(tomllib.loads(read_text(source)))
+        return TrainConfig.from_dict(_from_home(tomllib.loads(read_text(source))))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{source} is no TOML file: {error}") from error
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def _from_home(value: Any, name: str = "") -> Any:
+    """With the user's folder for `~` in paths, as a shell would have it."""
+    if isinstance(value, dict):
+        return {key: _from_home(held, key) for key, held in value.items()}
+    if isinstance(value, list):
+        return [_from_home(held) for held in value]
+    is_path = name in _PATHS and isinstance(value, str)
+    return os.path.expanduser(value) if is_path else value
 
 
 def read_text(source: str | pathlib.Path) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sam2jax.io.images import image_dimensions, list_images, open_image, read_labels
+from sam2jax.io.images import image_dimensions, list_frames, list_masks, open_image, read_labels
 from sam2jax.training.data.clip import RawClip
 from sam2jax.training.data.config import FolderSource
 from sam2jax.training.data.sampling import list_names, require_folder, sample_clip
@@ -26,7 +26,7 @@ class PaletteVideo:
 
     def __init__(self, images: pathlib.Path, masks: pathlib.Path):
         self.name = str(masks)
-        frames, labels = _by_number(images), _by_number(masks)
+        frames, labels = _by_number(list_frames(images)), _by_number(list_masks(masks))
         self._paths = [(frames[at], labels[at]) for at in frames if at in labels]
 
     def __len__(self) -> int:
@@ -48,9 +48,10 @@ class ObjectFolderVideo:
     def __init__(self, images: pathlib.Path, masks: pathlib.Path):
         self.name = str(masks)
         folders = sorted(p for p in masks.iterdir() if p.is_dir() and any(p.iterdir()))
-        self._objects = [_by_number(folder) for folder in folders]
+        self._objects = [_by_number(list_masks(folder)) for folder in folders]
         annotated = {at for found in self._objects for at in found}
-        self._frames = {at: path for at, path in _by_number(images).items() if at in annotated}
+        frames = _by_number(list_frames(images))
+        self._frames = {at: path for at, path in frames.items() if at in annotated}
         self._numbers = list(self._frames)
 
     def __len__(self) -> int:
@@ -106,6 +107,6 @@ def _open(images: pathlib.Path, masks: pathlib.Path) -> PaletteVideo | ObjectFol
     return (ObjectFolderVideo if apart else PaletteVideo)(images, masks)
 
 
-def _by_number(folder: pathlib.Path) -> dict[int | str, pathlib.Path]:
-    """The pictures of a folder in order; 5 and 00005 are the same frame."""
-    return {int(p.stem) if p.stem.isdecimal() else p.stem: p for p in list_images(folder)}
+def _by_number(pictures: Sequence[pathlib.Path]) -> dict[int | str, pathlib.Path]:
+    """Pictures by the frame that they are of; 5 and 00005 are the same."""
+    return {int(p.stem) if p.stem.isdecimal() else p.stem: p for p in pictures}

@@ -86,7 +86,8 @@ class ImagesReader:
             annotations = contents.get("annotations", ()) if isinstance(contents, dict) else None
         else:
             annotations = self._annotations[path]
-        image = AnnotatedImage(open_image(path), annotations, str(masks), self._source.max_area)
+        name = str(masks) if self._annotations is None else f"{masks} ({path.name})"
+        image = AnnotatedImage(open_image(path), annotations, name, self._source.max_area)
         clip = sample_clip(image, rng, 1, max_objects)
         return RawClip(list(clip.frames) * num_frames, np.repeat(clip.masks, num_frames, axis=0))
 

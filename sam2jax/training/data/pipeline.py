@@ -28,12 +28,12 @@ from sam2jax.training.data.config import (
 from sam2jax.training.data.folders import FolderReader
 from sam2jax.training.data.images import ImagesReader
 from sam2jax.training.data.procedural import procedural_clip
-from sam2jax.training.data.sampling import Reader
+from sam2jax.training.data.sampling import NothingToSample, Reader
 from sam2jax.training.data.sav import SAVReader
 
 _log = logging.getLogger(__name__)
 
-_REPLACEMENTS = 20  # damaged examples in a row that are replaced
+_REPLACEMENTS = 100  # examples in a row that cannot be used and are replaced, as officially
 
 
 class Loader(Iterator[Clip]):
@@ -172,7 +172,8 @@ def _let_grain_start_processes() -> None:
 
 
 class Examples:
-    """Reads examples, replaces damaged ones, and counts them. Safe to share between threads."""
+    """Reads examples, and replaces what cannot be used; what is damaged is counted. Safe to share
+    between threads."""
 
     def __init__(
         self, config: DataConfig, image_size: int, num_frames: int, max_objects: int, seed: int
@@ -192,19 +193,25 @@ class Examples:
     def load(self, position: int, place: tuple[int, int]) -> Clip:
         """The clip at a position of the order: of a source's example, or of one in its stead."""
         which, index = place
+        last: Exception | None = None
         source, reader = self._config.sources[which], self.readers[which]
         for attempt in range(_REPLACEMENTS):
             rng = _generator(self._seed, position, attempt)
             index = int(rng.integers(len(reader))) if attempt else index % len(reader)
             try:
                 clip = reader.read(index, rng, self._num_frames, self._max_objects)
+            except NothingToSample as error:
+                _log.info("passed over an example: %s", error)
+                last = error
+                continue
             except (ValueError, OSError) as error:
                 self._skip(str(error))
+                last = error
                 continue
             if source.augment:
                 clip = augment(clip, self._config.augment, self._size, rng)
             return _finish(resize(clip, self._size), self._max_objects)
-        raise ValueError(f"{_REPLACEMENTS} examples in a row are damaged: {self._last()}")
+        raise ValueError(f"{_REPLACEMENTS} examples in a row cannot be used; the last: {last}")
 
     def _skip(self, message: str) -> None:
         with self._lock:
@@ -217,10 +224,6 @@ class Examples:
             raise ValueError(
                 f"{count} damaged examples, and max_damaged is {most}; the last: {message}"
             )
-
-    def _last(self) -> str:
-        with self._lock:
-            return next(reversed(self.damaged))
 
 
 class ProceduralReader:

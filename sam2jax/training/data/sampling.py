@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -34,6 +35,10 @@ class AnnotatedVideo(Protocol):
         ...
 
 
+class NothingToSample(ValueError):
+    """An example is whole, but too short, or shows nothing that a clip could start with."""
+
+
 class Reader(Protocol):
     """A source of raw clips, by number. What is damaged raises an error that names its file."""
 
@@ -42,7 +47,7 @@ class Reader(Protocol):
     def read(
         self, index: int, rng: np.random.Generator, num_frames: int, max_objects: int
     ) -> RawClip:
-        """A clip of one example, drawn with `rng`."""
+        """A clip of one example, drawn with `rng`; raises `NothingToSample` where there is none."""
         ...
 
 
@@ -66,12 +71,12 @@ def sample_clip(
       reverse_time_prob: how likely the frames are to go backward.
 
     Raises:
-      ValueError: the video is too short, shows no object where a clip could start, or has masks
-        of another size than its frames.
+      NothingToSample: the video is too short, or shows no object where a clip could start.
+      ValueError: its masks are of another size than its frames.
     """
     span = (num_frames - 1) * stride + 1
     if len(video) < span:
-        raise ValueError(
+        raise NothingToSample(
             f"{video.name} has {len(video)} annotated frames, and a clip of {num_frames} needs "
             f"{span}."
         )
@@ -83,7 +88,9 @@ def sample_clip(
         if visible:
             break
     else:
-        raise ValueError(f"{video.name} has no frame with an object that a clip could start at.")
+        raise NothingToSample(
+            f"{video.name} has no frame with an object that a clip could start at."
+        )
     objects = [visible[i] for i in rng.permutation(len(visible))[:max_objects]]
     images = [video.image(frame) for frame in frames]
     masks = [video.masks(frame, objects) for frame in frames]
@@ -97,7 +104,7 @@ def sample_clip(
 def list_names(folder: str, file_list: str | None) -> list[str]:
     """What a source is made of: the names in a text file, or everything in a folder, sorted.
 
-    Suffixes are dropped from listed names, as in the official lists.
+    Suffixes are dropped from listed names, as officially; SA-V's have a folder, too.
 
     Raises:
       FileNotFoundError: the folder or the list does not exist.
@@ -110,7 +117,7 @@ def list_names(folder: str, file_list: str | None) -> list[str]:
         if not pathlib.Path(file_list).is_file():
             raise FileNotFoundError(f"there is no file_list {file_list}.")
         lines = pathlib.Path(file_list).read_text(encoding="utf-8").splitlines()
-        names = sorted({pathlib.PurePath(line.strip()).stem for line in lines if line.strip()})
+        names = sorted({os.path.splitext(line.strip())[0] for line in lines if line.strip()})
     if not names:
         raise ValueError(f"{file_list or folder} is empty; there is nothing to train on.")
     return names
