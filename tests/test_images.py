@@ -1,5 +1,7 @@
 """Images: the predictor, the mask generator, and the pure functions below them."""
 
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from pycocotools import mask as coco
 import sam2jax
 from sam2jax.io.runs import encode_coco, encode_runs
 from sam2jax.ops.boxes import mask_boxes, non_maximum_suppression
-from sam2jax.predictors import automatic
+from sam2jax.predictors import automatic, sizes
 from sam2jax.predictors.grids import crop_boxes, near_crop_edge, point_grid
 from sam2jax.predictors.regions import clean_masks, compressed, restored
 from sam2jax.testing import random_params, small_config
@@ -244,6 +246,25 @@ def test_specks_are_gone_from_records(params, monkeypatch, layers):
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one["segmentation"], other["segmentation"])
         assert (one["area"], one["bbox"]) == (other["area"], other["bbox"])
+
+
+def test_programs_of_a_few_sizes_are_kept(monkeypatch):
+    """The last ones; what is asked for again soon is not compiled again."""
+    monkeypatch.setattr(sizes, "MOST_SIZES", 3)
+    traced = []
+
+    def total(x, *, times):
+        traced.append(x.shape)
+        return times * x.sum()
+
+    program, client = sizes.jit_for_sizes(total), jax.devices()[0].client
+    gc.collect()
+    before = len(client.live_executables())
+    for width in (5, 6, 5, 7, 6, 5, 8, 9, 10, 11, 12, 5):
+        assert float(program(np.ones(width, np.float32), times=2)) == 2 * width
+    gc.collect()
+    assert len(client.live_executables()) - before <= 3
+    assert [shape[0] for shape in traced] == [5, 6, 7, 8, 9, 10, 11, 12, 5]
 
 
 def test_images_that_are_preprocessed_before(params):

@@ -20,6 +20,7 @@ SEED = 4  # below those that the model was trained on
 NUM_FRAMES, SIZE, NUM_OBJECTS = 32, 256, 3
 _FPS = 8
 _DRAWN = 2  # pixels of the drawn video per pixel of the clip
+_COLOR = 0.15  # share of the clip's colours that is left
 _COLUMNS, _ROWS = 4, 3  # of the sheet
 
 
@@ -111,9 +112,9 @@ def _track(model: Any, params: Any, clip: Clip, prompts: Prompts) -> _Tracked:
 
 
 def _draw(clip: Clip, masks: np.ndarray, clicks: list[tuple[float, float]]) -> list[np.ndarray]:
-    """Each frame with the masks as fills, the truth as a white line, and the clicks."""
+    """Each frame, paled, with the masks as fills, the truth as a white line, and the clicks."""
     import numpy as np
-    from PIL import Image
+    from PIL import Image, ImageEnhance
 
     from sam2jax.io.drawing import Marks, contour, overlay
 
@@ -124,8 +125,9 @@ def _draw(clip: Clip, masks: np.ndarray, clicks: list[tuple[float, float]]) -> l
     ]
     pictures = []
     for index, frame in enumerate(clip.frames):
-        large = np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC))
-        picture = overlay(large, masks[index], ids, marks if index == 0 else ())
+        large = Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC)
+        pale = np.asarray(ImageEnhance.Color(large).enhance(_COLOR))  # so that the fills show
+        picture = overlay(pale, masks[index], ids, marks if index == 0 else (), opacity=0.6)
         for truth in clip.masks[index].repeat(_DRAWN, axis=1).repeat(_DRAWN, axis=2):
             picture[contour(truth, 1)] = 255
         pictures.append(picture)

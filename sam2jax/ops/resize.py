@@ -93,7 +93,7 @@ def taps(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows.T.astype(np.int32), np.take_along_axis(weights, rows, axis=1).T
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)  # of up to 16 MiB each, and more
 def _weights(source: int, target: int, method: str) -> np.ndarray:
     """Weight of each source sample in each target sample: [target, source]."""
     scale = source / target

@@ -50,4 +50,4 @@ def masks_on(
     size = (state.video_height, state.video_width)
     records = [history.answer(frame, cond=cond) for history in histories]
     nothing = np.full(size, NO_OBJ_SCORE, np.float32)
-    return [nothing if record is None else at_size(record.masks, size) for record in records]
+    return [nothing if record is None else at_size(record.masks, size=size) for record in records]

@@ -25,6 +25,7 @@ from sam2jax.predictors.regions import (
     kept_boxes,
     restored,
 )
+from sam2jax.predictors.sizes import jit_for_sizes
 from sam2jax.segmentation.generate import Canvas, measure_masks, propose_masks
 from sam2jax.segmentation.image import encode_image
 from sam2jax.types import MAX_FED_BACK_LOGIT
@@ -208,7 +209,7 @@ class SAM2AutomaticMaskGenerator:
     ) -> Found:
         """The masks of a crop that are rated high enough, without duplicates."""
         x0, y0, x1, y1 = box
-        pixels = preprocess(image[None, y0:y1, x0:x1], self.model.config.image_size)
+        pixels = preprocess(image[None, y0:y1, x0:x1], size=self.model.config.image_size)
         features = encode_image(self.model, self.params, pixels)
         canvas = Canvas.make(image.shape[:2], box, self.model.config.mask_size)
         canvas = jax.device_put(canvas)  # once, and not for every few masks
@@ -379,11 +380,11 @@ _propose = jax.jit(
     ),
     static_argnums=(0, 5),
 )
-_measure = jax.jit(lambda logits, rows, *given: measure_masks(logits[rows], *given))
+_measure = jit_for_sizes(lambda logits, rows, *given: measure_masks(logits[rows], *given))
 _take = jax.jit(lambda logits, rows: logits[rows])
 
 
-@jax.jit
+@jit_for_sizes
 def _draw(logits, canvas, threshold):
     drawn, inside = canvas.draw(logits)
     return jnp.packbits((drawn > threshold) & inside, axis=-1)

@@ -16,6 +16,7 @@ from sam2jax.ops.masks import fill_regions
 from sam2jax.ops.resize import preprocess_image, resize_masks
 from sam2jax.predictors.inputs import check_image
 from sam2jax.predictors.options import load_with, model_and_params
+from sam2jax.predictors.sizes import jit_for_sizes
 from sam2jax.segmentation.image import decode_masks, encode_image
 from sam2jax.types import (
     MAX_FED_BACK_LOGIT,
@@ -175,7 +176,7 @@ class SAM2ImagePredictor:
     def _set(self, images: Sequence[Any], *, is_batch: bool) -> None:
         self.reset_predictor()  # first: nothing is answered for an image before one that failed
         arrays = [check_image(image) for image in images]
-        ready = [preprocess(array[None], self.config.image_size) for array in arrays]
+        ready = [preprocess(array[None], size=self.config.image_size) for array in arrays]
         self._features = encode_image(self.model, self.params, jnp.concatenate(ready))
         self._sizes, self._is_batch = [array.shape[:2] for array in arrays], is_batch
 
@@ -259,17 +260,22 @@ class SAM2ImagePredictor:
             part = _padded(jax.tree.map(lambda x, s=start: x[s : s + batch], prompts), batch)
             parts.append(_decode(self.model, self.params, features, part, multimask))
         found: MaskPrediction = jax.tree.map(lambda *x: np.concatenate(x)[:count], *parts)
-        options = (size, self.max_hole_area, self.max_sprinkle_area, return_logits)
+        options: dict[str, Any] = {
+            "size": size,
+            "hole_area": self.max_hole_area,
+            "sprinkle_area": self.max_sprinkle_area,
+            "return_logits": return_logits,
+        }
         full = np.empty((*found.ious.shape, *size), np.float32)
         for place, masks in enumerate(found.masks):  # one by one, since these are large
-            full[place] = _at_image_size(masks, np.float32(self.mask_threshold), *options)
+            full[place] = _at_image_size(masks, np.float32(self.mask_threshold), **options)
         logits = np.clip(found.masks, -MAX_FED_BACK_LOGIT, MAX_FED_BACK_LOGIT)
         answer = full, np.asarray(found.ious), logits
         return answer if len(full) > 1 else (full[0], answer[1][0], answer[2][0])
 
 
-@partial(jax.jit, static_argnums=1)
-def preprocess(images: Array, size: int) -> Array:
+@jit_for_sizes
+def preprocess(images: Array, *, size: int) -> Array:
     """Apart from the encoder, which thus is compiled once for images of all sizes."""
     return preprocess_image(images, size)
 
@@ -284,10 +290,11 @@ def _embedding(model, params, features):
     return model.apply({"params": params}, features.features, method="without_memory")
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4, 5))
+@jit_for_sizes
 def _at_image_size(
     masks: Array,
     threshold: Array,
+    *,
     size: tuple[int, int],
     hole_area: int,
     sprinkle_area: int,

@@ -17,6 +17,7 @@ from sam2jax.memory.bank import MemoryBank, empty
 from sam2jax.memory.policy import MemoryPolicy, Now, Seen
 from sam2jax.nn.sam2 import SAM2
 from sam2jax.ops.resize import resize_masks
+from sam2jax.predictors.sizes import jit_for_sizes
 from sam2jax.tracking.frame import process_frame
 from sam2jax.tracking.segment import fit_mask_prompt
 from sam2jax.tracking.state import TrackState
@@ -95,14 +96,14 @@ def take(records: Record, frame: Array, place: Array) -> Record:
     return jax.tree.map(lambda x: x[frame, place], records)
 
 
-@partial(jax.jit, static_argnums=1)
-def at_size(masks: Array, size: tuple[int, int]) -> Array:
+@jit_for_sizes
+def at_size(masks: Array, *, size: tuple[int, int]) -> Array:
     """One object's mask logits [S/4, S/4] at the size of the video: [H, W]."""
     return resize_masks(masks[None], size)[0]
 
 
-@partial(jax.jit, static_argnums=1)
-def fit_mask(mask: Array, size: int) -> Array:
+@jit_for_sizes
+def fit_mask(mask: Array, *, size: int) -> Array:
     """A mask prompt [h, w] at the model's size: [S, S] float32, 0 or 1."""
     return fit_mask_prompt(mask[None], size)[0]
 

@@ -80,7 +80,7 @@ def _as_prompts(
         "labels": kinds,
         "num_points": np.array([len(labels)], np.int32),
         "kind": np.array([REFINEMENT if refine else CONDITIONING], np.int32),
-        "mask": (no_mask if mask is None else fit_mask(mask.astype(np.float32), size))[None],
+        "mask": (no_mask if mask is None else fit_mask(mask.astype(np.float32), size=size))[None],
         "has_mask": np.array([mask is not None]),
         "logits": (no_logits if previous is None else previous.masks)[None],
         "has_logits": np.array([previous is not None]),

@@ -111,7 +111,7 @@ class Propagation:
                 for place, history in enumerate(histories)
             ]
             size = (self.state.video_height, self.state.video_width)
-            masks = [at_size(record.masks, size) for record in records]
+            masks = [at_size(record.masks, size=size) for record in records]
             for mask in masks:
                 mask.copy_to_host_async()  # while the next frames are tracked
             answers.append(FrameAnswer(frame, records, masks))
