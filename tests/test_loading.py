@@ -18,10 +18,10 @@ from flax.traverse_util import unflatten_dict
 
 import sam2jax
 from sam2jax import convert
-from sam2jax.convert import huggingface, layouts, torch_file
+from sam2jax.convert import huggingface, huggingface_files, layouts, torch_file
 from sam2jax.io import checkpoints
 from sam2jax.loading import OPTIONS, load, save
-from sam2jax.nn.sam2 import SAM2, param_shapes
+from sam2jax.nn.sam2 import SAM2, init_params, param_shapes
 from sam2jax.testing import draw, small_config
 
 SMALL = small_config(hidden_dim=64, mem_dim=64)
@@ -117,6 +117,79 @@ def test_fine_tuned_files_and_bare_state_dicts_load(
         load(tmp_path / "bare.pt")
 
 
+def test_wrapped_and_lightning_checkpoints_load(
+    tmp_path: pathlib.Path, state: dict[str, np.ndarray]
+):
+    header = checkpoints.header(SMALL)
+    lightning = {f"model._orig_mod.{key}": value for key, value in state.items()}
+    contents = {"epoch": 3, "state_dict": lightning, "sam2jax": header, "model": "small"}
+    torch_file.save_torch(tmp_path / "lightning.pt", contents)
+    parallel = {f"module.{key}": value for key, value in state.items()}
+    torch_file.save_torch(tmp_path / "ddp.pt", {"model": parallel, "sam2jax": header})
+    checkpoints.save_safetensors(tmp_path / "ddp.safetensors", parallel, SMALL)
+    for name in ("lightning.pt", "ddp.pt", "ddp.safetensors"):
+        model, params = load(tmp_path / name)
+        assert model == SAM2(SMALL)
+        np.testing.assert_array_equal(params["no_obj_ptr"], state["no_obj_ptr"][0])
+    extra = {**lightning, "loss.weight": np.zeros(3, np.float32)}
+    torch_file.save_torch(tmp_path / "more.pt", {"state_dict": extra})
+    with pytest.raises(ValueError, match=r"begin with 'model._orig_mod.', and 1 other .*\(loss.we"):
+        load(tmp_path / "more.pt")
+
+
+# Saved by transformers: no header of ours, and a config.json -------------------------------------
+
+
+@pytest.fixture
+def theirs(saved: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A folder as `save_pretrained` leaves it, of a model that is nobody's."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    tensors = safetensors.numpy.load_file(saved / "hf/model.safetensors")
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    told = huggingface_files.config_json(
+        dataclasses.replace(SMALL, image_size=192, multimask_max_pt_num=3)
+    )
+    (folder / "config.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_what_transformers_saved_is_known_by_its_config_json(theirs: pathlib.Path):
+    expected = dataclasses.replace(SMALL, name="custom", image_size=192, multimask_max_pt_num=3)
+    assert load(theirs)[0].config == load(theirs / "model.safetensors")[0].config == expected
+    assert load(theirs, image_size=256)[0].config.image_size == 256
+    # Ours, where it is there, says more.
+    tensors = safetensors.numpy.load_file(theirs / "model.safetensors")
+    checkpoints.save_safetensors(theirs / "model.safetensors", tensors, SMALL)
+    assert load(theirs)[0].config == SMALL
+
+
+def test_other_files_are_not_judged_by_a_config_json(theirs: pathlib.Path):
+    (theirs / "model.safetensors").rename(theirs / "other.safetensors")
+    with pytest.raises(ValueError, match="does not fit any official model"):
+        load(theirs / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"", "config.json does not describe a SAM 2 model: Expecting value"),
+        (b"[" * 50_000, "does not describe a SAM 2 model"),
+        (b"\xff\xfe{", "does not describe a SAM 2 model"),
+        (b" " * 2**21, "it has more than 1,048,576 bytes. Correct it, or"),
+        (b'{"model_type": "bert"}', "expected model_type 'sam2' or 'sam2_video', got 'bert'"),
+        (b'{"image_size": ' + b"9" * 5000 + b"}", "does not describe a SAM 2 model"),
+        (b"{}", r"does not fit the config.json beside it. Of its \d+ tensors: \d+ missing"),
+        (b'{"model_type": "sam2"}', "does not fit the config.json beside it. .* unexpected"),
+    ],
+)
+def test_config_json_that_does_not_fit(theirs: pathlib.Path, text: bytes, words: str):
+    (theirs / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=words) as caught:
+        load(theirs)
+    assert "\n" not in str(caught.value)
+
+
 def test_images_only_checkpoint_segments_and_does_not_track(
     tmp_path: pathlib.Path, state: dict[str, np.ndarray]
 ):
@@ -165,6 +238,12 @@ def test_explicit_options_win_over_apply_postprocessing(saved: pathlib.Path):
     )
     mixed = load(path, apply_postprocessing=False, fill_hole_area=5)[0].config
     assert mixed == dataclasses.replace(plain, fill_hole_area=5)
+
+
+def test_parameters_do_not_depend_on_the_image():
+    config = dataclasses.replace(SMALL, image_size=160, memory_pooling=2, dtype="bfloat16")
+    whole = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    assert param_shapes(config) == whole == param_shapes(SMALL)
 
 
 def test_unknown_options_are_named(saved: pathlib.Path):
