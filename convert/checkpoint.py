@@ -12,14 +12,16 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from sam2jax.config import VARIANTS, SAM2Config
-from sam2jax.convert import huggingface, torch_file
+from sam2jax.convert import huggingface, huggingface_files, torch_file
 from sam2jax.convert.layouts import (
     Layout,
     check,
     from_params,
     identify,
+    is_images_only,
     layout_of,
     to_params,
+    unwrap,
 )
 from sam2jax.convert.rules import shorten
 from sam2jax.io import checkpoints, hub
@@ -27,7 +29,8 @@ from sam2jax.io.files import PathLike, atomic_dir, atomic_path
 
 Format = Literal["orbax", "safetensors", "official", "huggingface"]
 
-_HF_WEIGHTS = "model.safetensors"  # beside config.json, as `transformers` names it
+_HF_WEIGHTS = "model.safetensors"  # as `transformers` names it
+_STATES = ("model", "state_dict")  # the official package's key of the weights; Lightning's
 _FILES = {".pt": "official", ".pth": "official", ".safetensors": "safetensors"}
 
 
@@ -52,7 +55,9 @@ def read(source: PathLike) -> Checkpoint:
     """Reads an official `.pt`, a Hugging Face file, folder or hub id, or what sam2jax saved or
     ships.
 
-    What a file is, is seen in its content; which model, in its names and shapes.
+    What a file is, is seen in its content. Which model, says the configuration that sam2jax saved
+    with it, or the `config.json` beside Hugging Face's `model.safetensors`, or else its names and
+    shapes.
 
     Raises:
         FileNotFoundError: there is nothing of that name.
@@ -68,12 +73,21 @@ def read(source: PathLike) -> Checkpoint:
     else:
         what = "neither a .pt file nor a safetensors file" if path.stat().st_size else "empty"
         raise ValueError(f"{path.name} is {what}: no checkpoint; download or copy it again.")
+    tensors = unwrap(tensors, path.name)
     layout = layout_of(tensors, path.name)
+    said = ""
     if layout == "huggingface":
         tensors = huggingface.complete(tensors)
-    model = config or identify(tensors, layout)
-    check(tensors, model, layout, path.name, guessed=config is None)
-    return Checkpoint(path.name, model, layout, tensors)
+        beside = path.with_name(huggingface_files.CONFIG_FILE)
+        if config is None and path.name == _HF_WEIGHTS and beside.is_file():
+            images_only = is_images_only(tensors, layout)
+            config = huggingface_files.read_config(beside, images_only)
+            said = f"the {beside.name} beside it"
+    if config is None:
+        config = identify(tensors, layout)
+        said = f"any official model; the nearest is {config.name}"
+    check(tensors, config, layout, path.name, said)
+    return Checkpoint(path.name, config, layout, tensors)
 
 
 def write(
@@ -114,8 +128,8 @@ def write(
             with atomic_dir(dest) as temporary:
                 tensors = from_params(params, to)
                 checkpoints.save_safetensors(temporary / _HF_WEIGHTS, tensors, config, format="pt")
-                text = json.dumps(huggingface.config_json(config), indent=2)
-                (temporary / "config.json").write_text(text + "\n")
+                for name, values in huggingface_files.files(config).items():
+                    (temporary / name).write_text(json.dumps(values, indent=2) + "\n")
     return to
 
 
@@ -161,10 +175,11 @@ def _locate(source: PathLike) -> pathlib.Path:
 
 
 def _read_torch(path: pathlib.Path) -> tuple[dict[str, np.ndarray], SAM2Config | None]:
-    """The `model` entry of a `.pt` file, or the whole of one that is a bare state dict."""
+    """The `model` or `state_dict` of a `.pt` file, or the whole of one that is a bare state."""
     values: Any = torch_file.load_torch(path)
     contents = values if isinstance(values, dict) else {}
-    state = contents.get("model", contents)
+    key = next((key for key in _STATES if isinstance(contents.get(key), dict)), None)
+    state = contents if key is None else contents[key]
     is_state = isinstance(state, dict) and all(isinstance(v, np.ndarray) for v in state.values())
     if not is_state or not all(isinstance(key, str) for key in state):
         found = (
@@ -172,8 +187,8 @@ def _read_torch(path: pathlib.Path) -> tuple[dict[str, np.ndarray], SAM2Config |
         )
         raise ValueError(
             f"{path.name} holds no weights that can be read: expected {{'model': state_dict}}, as "
-            f"the official package saves it, and it {found}."
+            f"the official package saves it, or {{'state_dict': state_dict}}, and it {found}."
         )
-    if "model" in contents and checkpoints.HEADER in contents:
+    if key is not None and checkpoints.HEADER in contents:
         return state, checkpoints.config_from_header(contents[checkpoints.HEADER], path.name)
     return state, None

@@ -7,11 +7,9 @@ the positional frequencies are stored twice.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from sam2jax.config import SAM2Config
 from sam2jax.convert.rules import Rule, rename
 
 Pairs = tuple[tuple[str, str], ...]
@@ -151,92 +149,4 @@ def from_official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return renamed | {
         _POINTS: np.concatenate(rows),
         _FREQUENCIES_AGAIN: renamed[_FREQUENCIES],
-    }
-
-
-def config_json(config: SAM2Config) -> dict[str, Any]:
-    """The `config.json` from which `transformers` builds the same model.
-
-    Raises:
-        ValueError: it cannot, because it fixes what this model has otherwise.
-    """
-    fixed = {
-        "mem_dim": (config.mem_dim, 64),
-        "iou_head_depth": (config.mask_decoder.iou_head_depth, 3),
-    }
-    for name, (ours, theirs) in fixed.items():
-        if ours != theirs:
-            raise ValueError(f"transformers fixes {name} at {theirs}, and this model has {ours}.")
-    trunk, decoder, width = config.trunk, config.mask_decoder, config.hidden_dim
-    doubling = [2**i for i in range(len(trunk.stages))]
-    dynamic = ("via_stability", "stability_delta", "stability_thresh")
-    shared = {
-        "image_size": config.image_size,
-        "vision_config": {
-            "backbone_config": {
-                "hidden_size": trunk.embed_dim,
-                "num_attention_heads": trunk.num_heads,
-                "image_size": [config.image_size, config.image_size],
-                "blocks_per_stage": list(trunk.stages),
-                "embed_dim_per_stage": list(trunk.channel_list),
-                "num_attention_heads_per_stage": [trunk.num_heads * n for n in doubling],
-                "window_size_per_stage": list(trunk.window_spec),
-                "window_positional_embedding_background_size": list(
-                    trunk.window_pos_embed_bkg_spatial_size
-                ),
-                "global_attention_blocks": list(trunk.global_att_blocks),
-                "mlp_ratio": float(trunk.mlp_ratio),
-                "model_type": "sam2_hiera_det_model",
-            },
-            "backbone_channel_list": list(trunk.channel_list[::-1]),
-            "backbone_feature_sizes": [[config.mask_size // n] * 2 for n in (1, 2, 4)],
-            "fpn_hidden_size": width,
-            "model_type": "sam2_vision_model",
-        },
-        "prompt_encoder_config": {
-            "hidden_size": width,
-            "image_size": config.image_size,
-            "mask_input_channels": config.mask_in_chans,
-        },
-        "mask_decoder_config": {
-            "hidden_size": width,
-            "num_hidden_layers": decoder.num_layers,
-            "num_attention_heads": decoder.num_heads,
-            "mlp_dim": decoder.mlp_dim,
-            "attention_downsample_rate": decoder.attention_downsample_rate,
-            "num_multimask_outputs": decoder.num_multimask_outputs,
-            "iou_head_depth": decoder.iou_head_depth,
-            "iou_head_hidden_dim": decoder.iou_head_hidden_dim,
-            **{
-                f"dynamic_multimask_{name}": getattr(config, f"dynamic_multimask_{name}")
-                for name in dynamic
-            },
-        },
-    }
-    if config.images_only:
-        return {"model_type": "sam2", "architectures": ["Sam2Model"], **shared}
-    attention = config.memory_attention
-    return {
-        "model_type": "sam2_video",
-        "architectures": ["Sam2VideoModel"],
-        **shared,
-        "num_maskmem": config.num_maskmem,
-        "max_object_pointers_in_encoder": config.max_obj_ptrs_in_encoder,
-        "max_cond_frame_num": config.max_cond_frames_in_attn,
-        "multimask_min_pt_num": config.multimask_min_pt_num,
-        "multimask_max_pt_num": config.multimask_max_pt_num,
-        "enable_occlusion_spatial_embedding": config.no_obj_embed_spatial,
-        "enable_temporal_pos_encoding_for_object_pointers": config.add_tpos_enc_to_obj_ptrs,
-        "memory_attention_hidden_size": width,
-        "memory_attention_num_layers": attention.num_layers,
-        "memory_attention_num_attention_heads": attention.num_heads,
-        "memory_attention_feed_forward_hidden_size": attention.mlp_dim,
-        "memory_attention_rope_feat_sizes": [config.feature_size] * 2,
-        "rope_parameters": {"rope_type": "axial", "rope_theta": attention.rope_theta},
-        "memory_encoder_hidden_size": width,
-        "memory_encoder_output_channels": config.mem_dim,
-        "mask_downsampler_embed_dim": width,
-        "memory_fuser_num_layers": config.num_fuser_layers,
-        "memory_fuser_embed_dim": width,
-        "memory_fuser_intermediate_dim": 4 * width,
     }

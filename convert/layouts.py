@@ -55,6 +55,35 @@ def layout_of(tensors: Tensors, name: str) -> Layout:
     )
 
 
+def unwrap(tensors: Tensors, name: str) -> Tensors:
+    """Takes off what a wrapper put before every name: `module.`, `_orig_mod.`, `model.`, several.
+
+    Raises:
+        ValueError: there are other tensors beside the model's, or two models.
+    """
+    marks = [landmarks.pos_embed for landmarks in _LANDMARKS.values()]
+    if any(mark in tensors for mark in marks):
+        return tensors
+    prefixes = {
+        key.removesuffix(mark) for key in tensors for mark in marks if key.endswith(f".{mark}")
+    }
+    if not prefixes:
+        return tensors
+    if len(prefixes) > 1:
+        raise ValueError(
+            f"{name} holds {len(prefixes)} models, named {shorten(map(repr, sorted(prefixes)))}; "
+            "save the tensors of one of them alone."
+        )
+    (prefix,) = prefixes
+    others = [key for key in tensors if not key.startswith(prefix)]
+    if others:
+        raise ValueError(
+            f"{name} holds a model whose names begin with {prefix!r}, and other tensors "
+            f"({shorten(others)}); save the model's alone."
+        )
+    return {key.removeprefix(prefix): value for key, value in tensors.items()}
+
+
 def to_params(tensors: Tensors, layout: Layout) -> dict[str, np.ndarray]:
     """Tensors of any layout as a flat dict of parameters, `a/b/c`; arrays are views."""
     match layout:
@@ -106,13 +135,11 @@ def identify(tensors: Tensors, layout: Layout) -> SAM2Config:
     return dataclasses.replace(nearest, name=f"{nearest.name}_images", images_only=True)
 
 
-def check(
-    tensors: Tensors, config: SAM2Config, layout: Layout, name: str, guessed: bool = False
-) -> None:
+def check(tensors: Tensors, config: SAM2Config, layout: Layout, name: str, model: str = "") -> None:
     """Fails unless names, shapes and kinds are exactly those of the model.
 
     Args:
-        guessed: whether `identify` chose the model; for the message.
+        model: what the message calls the model; by default its name.
 
     Raises:
         ValueError: with the number and the first few of what is missing, unexpected and misshapen.
@@ -136,9 +163,9 @@ def check(
     }
     parts = [f"{len(keys)} {what} ({shorten(keys)})" for what, keys in wrong.items() if keys]
     if parts:
-        model = f"any official model; the nearest is {config.name}" if guessed else config.name
         raise ValueError(
-            f"{name} does not fit {model}. Of its {len(expected):,} tensors: {'; '.join(parts)}."
+            f"{name} does not fit {model or config.name}. Of its {len(expected):,} tensors: "
+            f"{'; '.join(parts)}."
         )
 
 

@@ -203,7 +203,7 @@ def _global(module: str, name: str) -> Any:
     raise Refused(
         f"wants to use {full!r:.200}, which weights do not need: refused, nothing was run. With a "
         'file you trust, in PyTorch: torch.save({"model": torch.load(file, weights_only=False)'
-        '["model"]}, new).'
+        '["model"]}, new); Lightning has it under "state_dict".'
     )
 
 

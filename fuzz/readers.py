@@ -78,6 +78,12 @@ def _config(case: bytes, folder: pathlib.Path) -> None:
     config_from_header(case.decode("utf-8", "replace"), NAME)
 
 
+def _huggingface(case: bytes, folder: pathlib.Path) -> None:
+    from sam2jax.convert.huggingface_files import read_config
+
+    read_config(_file(case, folder, ".json"), images_only=False)
+
+
 def _orbax(case: bytes, folder: pathlib.Path) -> None:
     from sam2jax.io.checkpoints import load_orbax
 
@@ -248,6 +254,12 @@ READERS: dict[str, Reader] = {
     ),
     "config": Reader(
         seeds.configs, _config, ("sam2jax.config", "sam2jax.io.checkpoints"), tokens=_JSON
+    ),
+    "huggingface": Reader(
+        seeds.huggingface_configs,
+        _huggingface,
+        ("sam2jax.config", "sam2jax.convert.huggingface_files"),
+        tokens=_JSON,
     ),
     "orbax": Reader(seeds.orbax_folders, _orbax, ("sam2jax.io.checkpoints",), longest=65536),
     "image": Reader(

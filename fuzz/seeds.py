@@ -140,6 +140,16 @@ def configs(folder: pathlib.Path) -> list[bytes]:
     return [header(config).encode() for config in (small_model(), *VARIANTS.values())]
 
 
+def huggingface_configs(folder: pathlib.Path) -> list[bytes]:
+    """`transformers` leaves out what is its own default, and may leave out all."""
+    from sam2jax.config import VARIANTS
+    from sam2jax.convert.huggingface_files import config_json
+
+    described = [config_json(VARIANTS[f"{name}_hiera_tiny"]) for name in ("sam2", "sam2.1")]
+    short = {key: described[0][key] for key in ("image_size", "mask_decoder_config")}
+    return [json.dumps(given).encode() for given in (*described, short, {})]
+
+
 def orbax_folders(folder: pathlib.Path) -> list[bytes]:
     """One folder, with few parameters: they are compared with the model's later."""
     from sam2jax.io.checkpoints import save_orbax

@@ -13,7 +13,7 @@ import pytest
 
 from sam2jax import convert
 from sam2jax.config import NANO, VARIANTS, SAM2Config
-from sam2jax.convert import huggingface, layouts, torch_file
+from sam2jax.convert import huggingface, huggingface_files, layouts, torch_file
 from sam2jax.convert.__main__ import main
 from sam2jax.convert.rules import OFFICIAL, Rule, move_axes, rename, shorten
 from sam2jax.convert.verify import largest_difference
@@ -202,11 +202,11 @@ def test_missing_unexpected_and_misshapen_are_listed():
     tensors["no_mem_embed"] = np.zeros((1, 1, 256), np.int64)
     config = layouts.identify(tensors, "official")
     with pytest.raises(ValueError) as caught:
-        layouts.check(tensors, config, "official", "it.pt", guessed=True)
+        layouts.check(tensors, config, "official", "it.pt", "any official model")
     assert str(caught.value) == (
-        "it.pt does not fit any official model; the nearest is sam2.1_hiera_tiny. Of its 471 "
-        "tensors: 1 missing (no_obj_ptr); 1 unexpected (extra); 1 misshapen (maskmem_tpos_enc "
-        "[6, 1, 1, 64] instead of [7, 1, 1, 64]); 1 not floating point (no_mem_embed of int64)."
+        "it.pt does not fit any official model. Of its 471 tensors: 1 missing (no_obj_ptr); "
+        "1 unexpected (extra); 1 misshapen (maskmem_tpos_enc [6, 1, 1, 64] instead of "
+        "[7, 1, 1, 64]); 1 not floating point (no_mem_embed of int64)."
     )
 
 
@@ -235,6 +235,42 @@ def test_huggingface_frequencies_may_be_stored_once_but_not_differ(state: dict[s
     whole[huggingface._FREQUENCIES_AGAIN] = whole[huggingface._FREQUENCIES] + 1
     with pytest.raises(ValueError, match="should be equal, and differ"):
         huggingface.to_official(whole)
+
+
+# What wraps a model ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model._orig_mod.", "net.sam2."])
+@pytest.mark.parametrize("layout", ["official", "huggingface"])
+def test_a_prefix_of_every_name_is_taken_off(prefix: str, layout: layouts.Layout):
+    tensors = hollow(layouts.expected_shapes(SMALL, layout))
+    bare = layouts.unwrap({prefix + key: value for key, value in tensors.items()}, "it")
+    assert list(bare) == list(tensors)
+    assert all(bare[key] is value for key, value in tensors.items())
+    assert layouts.unwrap(tensors, "it") is tensors
+
+
+def test_what_stands_beside_a_wrapped_model_is_named():
+    tensors = hollow(layouts.expected_shapes(SMALL, "official"))
+    model = {f"model.{key}": value for key, value in tensors.items()}
+    value = np.zeros(1, np.float32)
+    with pytest.raises(ValueError) as caught:
+        layouts.unwrap({**model, "loss.weight": value, "ema_decay": value}, "it.pt")
+    assert str(caught.value) == (
+        "it.pt holds a model whose names begin with 'model.', and other tensors (loss.weight, "
+        "ema_decay); save the model's alone."
+    )
+    averaged = {f"ema.{key}": value for key, value in tensors.items()}
+    with pytest.raises(ValueError, match="it.pt holds 2 models, named 'ema.', 'model.'; save"):
+        layouts.unwrap({**model, **averaged}, "it.pt")
+    # Under the same prefix, or beside names that have none, they are tensors too many, as ever.
+    for beside in (
+        layouts.unwrap({**model, "model.loss.weight": value}, "it.pt"),
+        layouts.unwrap({**tensors, "loss.weight": value}, "it.pt"),
+        layouts.unwrap({**tensors, "ema.image_encoder.trunk.pos_embed": value}, "it.pt"),
+    ):
+        with pytest.raises(ValueError, match=r"1 unexpected \((loss.weight|ema.image_enc.*)\)"):
+            layouts.check(beside, SMALL, "official", "it.pt")
 
 
 # Converting --------------------------------------------------------------------------------------
@@ -299,6 +335,15 @@ def test_images_only_checkpoint_keeps_what_it_has(
     assert not (tmp_path / "a.pt").exists()
 
 
+def test_a_folder_for_transformers_has_every_file(tmp_path: pathlib.Path, source: pathlib.Path):
+    convert.convert(source, tmp_path / "hf", "huggingface")
+    files = huggingface_files.files(SMALL)
+    written = {path.name for path in (tmp_path / "hf").iterdir()}
+    assert written == {*files, "model.safetensors"}
+    for name, values in files.items():
+        assert json.loads((tmp_path / "hf" / name).read_text()) == values
+
+
 def test_images_only_variant_is_named_so():
     theirs = huggingface.from_official(hollow(official_shapes("sam2.1_hiera_tiny")))
     images = {
@@ -336,7 +381,8 @@ def test_destination_decides_the_format():
         ("a.pt", None, "sam2jax.convert.torch_file._add"),
         ("a.safetensors", None, "safetensors.numpy.save_file"),
         ("a", None, "sam2jax.io.checkpoints.unflatten_dict"),
-        ("a", "huggingface", "sam2jax.convert.huggingface.config_json"),
+        ("a", "huggingface", "sam2jax.convert.huggingface_files.config_json"),
+        ("a", "huggingface", "sam2jax.convert.huggingface_files._processors"),
     ],
 )
 def test_nothing_is_left_half_done(

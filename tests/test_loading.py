@@ -133,7 +133,7 @@ def test_wrapped_and_lightning_checkpoints_load(
         np.testing.assert_array_equal(params["no_obj_ptr"], state["no_obj_ptr"][0])
     extra = {**lightning, "loss.weight": np.zeros(3, np.float32)}
     torch_file.save_torch(tmp_path / "more.pt", {"state_dict": extra})
-    with pytest.raises(ValueError, match=r"begin with 'model._orig_mod.', and 1 other .*\(loss.we"):
+    with pytest.raises(ValueError, match=r"begin with 'model._orig_mod.', and other .*\(loss.we"):
         load(tmp_path / "more.pt")
 
 

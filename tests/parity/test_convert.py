@@ -8,11 +8,12 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sam2.build_sam import _load_checkpoint
 
 from sam2jax import convert
-from sam2jax.config import VARIANTS
-from sam2jax.convert import huggingface, layouts, torch_file
+from sam2jax.config import VARIANTS, SAM2Config
+from sam2jax.convert import huggingface, huggingface_files, layouts, torch_file
 from sam2jax.loading import load, save
 from sam2jax.testing import small_config
 from tests import oracle
@@ -20,10 +21,14 @@ from tests.conftest import PUBLISHED
 from tests.test_convert import hollow, official_shapes, shapes_of
 
 from transformers import (  # isort: skip  (after the oracle, which mends torchvision)
+    AutoProcessor,
     Sam2Config,
     Sam2Model,
+    Sam2Processor,
     Sam2VideoConfig,
     Sam2VideoModel,
+    Sam2VideoProcessor,
+    pipeline,
 )
 from transformers.models.sam2_video.modeling_sam2_video import (  # isort: skip
     Sam2VideoInferenceSession,
@@ -139,9 +144,9 @@ def test_names_and_shapes_are_those_of_transformers(name: str):
     config = VARIANTS[name]
     ours = shapes_of(huggingface.from_official(hollow(official_shapes(name))))
     with torch.device("meta"):
-        video = Sam2VideoModel(Sam2VideoConfig(**huggingface.config_json(config)))
+        video = Sam2VideoModel(Sam2VideoConfig(**huggingface_files.config_json(config)))
         still = dataclasses.replace(config, images_only=True)
-        images = Sam2Model(Sam2Config(**huggingface.config_json(still)))
+        images = Sam2Model(Sam2Config(**huggingface_files.config_json(still)))
     assert {key: tuple(value.shape) for key, value in video.state_dict().items()} == ours
     theirs = {key: tuple(value.shape) for key, value in images.state_dict().items()}
     assert layouts.is_images_only(hollow(theirs), "huggingface")
@@ -154,22 +159,99 @@ def test_what_transformers_saves_loads_back(converted: pathlib.Path, tmp_path: p
     theirs.save_pretrained(tmp_path / "again")
     weights = convert.read(converted).tensors
     assert_equal(dict(weights), theirs.state_dict())
-    # Without our header the model cannot be told: it is of a size that is nobody's.
-    with pytest.raises(ValueError, match="does not fit any official model"):
-        load(tmp_path / "again")
+    # Our header is gone, and with it what config.json has no word for.
+    usual = {"name": "custom", "fill_hole_area": 8}
+    again = convert.read(tmp_path / "again")
+    assert again.config == dataclasses.replace(SMALL, **usual)
+    assert_equal(dict(again.tensors), theirs.state_dict())
 
     images = Sam2Model.from_pretrained(converted)
     still = dataclasses.replace(SMALL, images_only=True)
     expected = layouts.expected_shapes(still, "huggingface")
     assert {key: tuple(value.shape) for key, value in images.state_dict().items()} == expected
+    images.save_pretrained(tmp_path / "images")
+    found = load(tmp_path / "images")[0].config
+    assert (found.name, found.image_size, found.trunk, found.images_only) == (
+        *("custom_images", SMALL.image_size, SMALL.trunk, True),
+    )
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_config_json_that_transformers_saves_is_read(tmp_path: pathlib.Path, name: str):
+    options = {"image_size": 512, "multimask_max_pt_num": 2, "max_cond_frames_in_attn": 4}
+    for config in (VARIANTS[name], dataclasses.replace(VARIANTS[name], **options)):
+        Sam2VideoConfig(**huggingface_files.config_json(config)).save_pretrained(tmp_path)
+        assert huggingface_files.read_config(tmp_path / "config.json", False) == config
+    Sam2Config.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    found = huggingface_files.read_config(tmp_path / "config.json", True)
+    assert (found.image_size, found.trunk, found.images_only) == (512, config.trunk, True)
+
+
+def test_defaults_are_those_of_transformers(tmp_path: pathlib.Path):
+    """All that we demand of a config.json is what its own defaults are."""
+    for theirs, images_only in ((Sam2VideoConfig(), False), (Sam2Config(), True)):
+        ours = huggingface_files._description(SAM2Config(images_only=images_only))
+        told = json.loads(theirs.to_json_string())
+        assert huggingface_files._filled(ours, told) == ours
+        merged = huggingface_files._merged(told, ours)
+        assert merged == told  # no name of ours is unknown there
 
 
 def test_config_json_describes_the_official_models(tmp_path: pathlib.Path):
     """Everything that is not a default of ours agrees with what `transformers` assumes."""
-    ours = Sam2VideoConfig(**huggingface.config_json(VARIANTS["sam2.1_hiera_tiny"]))
+    ours = Sam2VideoConfig(**huggingface_files.config_json(VARIANTS["sam2.1_hiera_tiny"]))
     ours, theirs = (json.loads(c.to_json_string()) for c in (ours, Sam2VideoConfig()))
     ours.pop("architectures", None), theirs.pop("architectures", None)
     assert ours == theirs
+
+
+@pytest.mark.parametrize("size", [1024, 512])
+def test_processors_load_and_scale_to_the_size(tmp_path: pathlib.Path, size: int):
+    config = dataclasses.replace(VARIANTS["sam2.1_hiera_tiny"], image_size=size)
+    still = dataclasses.replace(config, images_only=True)
+    for folder, model in (("video", config), ("images", still)):
+        (tmp_path / folder).mkdir()
+        for name, values in huggingface_files.files(model).items():
+            (tmp_path / folder / name).write_text(json.dumps(values))
+    video = Sam2VideoProcessor.from_pretrained(tmp_path / "video")
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    expected = ((pixels / 255 - mean) / std).transpose(2, 0, 1)
+    kinds = [AutoProcessor.from_pretrained(tmp_path / folder) for folder in ("video", "images")]
+    assert [type(kind) for kind in kinds] == [Sam2VideoProcessor, Sam2Processor]
+    for processor in (video, Sam2Processor.from_pretrained(tmp_path / "video"), *kinds):
+        assert processor.target_size == size
+        given = processor(images=pixels, return_tensors="pt")
+        np.testing.assert_allclose(given["pixel_values"][0], expected, atol=1e-5)
+        mask = np.zeros((600, 800), np.uint8)
+        wide = processor(
+            images=np.zeros((600, 800, 3), np.uint8),
+            segmentation_maps=mask,
+            input_points=[[[[200, 150]]]],
+            input_labels=[[[1]]],
+            input_boxes=[[[0, 300, 800, 600]]],
+            return_tensors="pt",
+        )
+        assert wide["pixel_values"].shape == (1, 3, size, size)
+        assert wide["labels"].shape[-2:] == (size // 4, size // 4)
+        np.testing.assert_allclose(wide["input_points"].flatten(), [size / 4, size / 4])
+        np.testing.assert_allclose(wide["input_boxes"].flatten(), [0, size / 2, size, size])
+    session = video.init_video_session(video=[pixels, pixels], inference_device="cpu")
+    np.testing.assert_allclose(session.get_frame(1).numpy(), expected, atol=1e-5)
+
+
+def test_a_pipeline_runs_on_a_folder_of_ours(converted: pathlib.Path):
+    generate = pipeline("mask-generation", model=str(converted), device="cpu")
+    image = Image.fromarray(np.zeros((60, 80, 3), np.uint8))
+    found = generate(
+        image,
+        points_per_crop=2,
+        pred_iou_thresh=-1e9,
+        stability_score_thresh=0.0,
+        crops_nms_thresh=1,
+    )
+    assert found.keys() >= {"masks", "scores"}
+    assert all(np.shape(mask) == (60, 80) for mask in found["masks"])
 
 
 def test_transformers_gives_the_official_answers(
