@@ -1,6 +1,10 @@
 """Frames and pictures in: the official bytes, in any order, and what is refused."""
 
+import errno
+import gc
+import glob
 import hashlib
+import os
 
 import av
 import numpy as np
@@ -270,6 +274,36 @@ def test_a_closed_video_says_so(tmp_path):
     for read in (video.__getitem__, FrameReader(video).read):
         with pytest.raises(ValueError, match="closed"):
             read(11)
+
+
+def test_a_forgotten_video_closes_its_file(tmp_path):
+    """At once, though FFmpeg's objects know each other."""
+    path = write_clip(tmp_path / "clip.mp4")
+
+    def held():
+        links = [os.path.realpath(link) for link in glob.glob("/proc/self/fd/*")]
+        return links.count(str(path.resolve()))
+
+    gc.collect()
+    gc.disable()
+    try:
+        video = open_video(path)
+        video[3]
+        assert held() == 1 or not os.path.isdir("/proc/self/fd")
+        del video
+        assert held() == 0
+    finally:
+        gc.enable()
+
+
+def test_too_many_open_files_are_not_the_video_s_fault(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise av.error.OSError(errno.EMFILE, "Too many open files", "a.mp4")
+
+    path = write_clip(tmp_path / "clip.mp4")
+    monkeypatch.setattr(av, "open", full)
+    with pytest.raises(OSError, match="Too many open files: '.*clip.mp4'"):
+        open_video(path)
 
 
 def test_readers_may_share_a_video(tmp_path):

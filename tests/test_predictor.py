@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import itertools
 import pickle
+import threading
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 import sam2jax
-from sam2jax.predictors import propagation, video
+from sam2jax.predictors import programs, propagation, video
 from sam2jax.predictors.inputs import check_mask
 from sam2jax.testing import random_params, small_config
 
@@ -332,7 +334,7 @@ def snapshot(state):
 
 REFUSED = [
     ("add_new_points_or_box", {"frame_idx": 6, **CLICK}, ValueError, "frames 0 to 5"),
-    ("add_new_points_or_box", {"frame_idx": -1, **CLICK}, ValueError, "frames 0 to 5"),
+    ("add_new_points_or_box", {"frame_idx": -1, **CLICK}, ValueError, "counted from 0, .* -1"),
     ("add_new_points_or_box", {"frame_idx": 1.5, **CLICK}, TypeError, "float"),
     ("add_new_points_or_box", {"obj_id": ["a"], **CLICK}, TypeError, "unhashable"),
     ("add_new_points_or_box", {"points": [[1, 2]]}, ValueError, "together"),
@@ -413,6 +415,64 @@ def test_options_reach_the_model_and_the_predictor(tmp_path):
     assert loaded.config.fill_hole_area == 3  # given explicitly, wins
     with pytest.raises(TypeError, match="fill_hole"):
         sam2jax.SAM2VideoPredictor.from_pretrained(path, fill_holes=3)
+
+
+def test_the_end_of_an_endless_source_is_not_looked_for(predictor):
+    state = predictor.init_state(itertools.cycle(clip(2)))
+    for call in (
+        lambda: predictor.scores(state, -1),
+        lambda: predictor.add_new_points_or_box(state, -1, 1, **CLICK),
+        lambda: next(predictor.propagate_in_video(state, -1)),
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            call()
+    assert state.video.reaches(40)
+
+
+def test_the_encoder_is_compiled_once_for_frames_of_all_sizes(predictor):
+    config = dataclasses.replace(CONFIG, image_size=96)
+    other = sam2jax.SAM2VideoPredictor(sam2jax.SAM2(config), random_params(config))
+    before = programs.encode._cache_size()
+    for width in (70, 71, 96):
+        state = other.init_state(np.zeros((1, 96, width, 3), np.uint8))
+        other.add_new_points_or_box(state, 0, 1, **CLICK)
+    assert programs.encode._cache_size() == before + 2  # preprocessed, and of the model's size
+
+
+def test_frames_may_be_tensors(predictor):
+    torch = pytest.importorskip("torch")
+    state = predictor.init_state(list(torch.from_numpy(clip(2))))
+    predictor.add_new_points_or_box(state, 0, 1, **CLICK)
+    expected = predictor.init_state(clip(2))
+    predictor.add_new_points_or_box(expected, 0, 1, **CLICK)
+    both = [masks_of(predictor.propagate_in_video(s)) for s in (state, expected)]
+    np.testing.assert_array_equal(*both)
+
+
+def test_a_session_is_saved_while_it_is_tracked(predictor, tmp_path):
+    """In another thread: what it is at some moment, and no error."""
+    state = predictor.init_state(clip())
+    predictor.add_new_points_or_box(state, 0, 1, **CLICK)
+    going, failed = threading.Event(), []
+
+    def save():
+        try:
+            while going.is_set():
+                predictor.save_state(state, tmp_path / "a.npz")
+        except Exception as error:
+            failed.append(error)
+
+    going.set()
+    thread = threading.Thread(target=save)
+    thread.start()
+    for _ in range(20):
+        list(predictor.propagate_in_video(state))
+        predictor.clear_all_prompts_in_frame(state, 0, 1)
+        predictor.add_new_points_or_box(state, 0, 1, **CLICK)
+    going.clear()
+    thread.join()
+    assert not failed
+    assert predictor.load_state(tmp_path / "a.npz", clip()).obj_ids == [1]
 
 
 def test_a_frame_with_nan_poisons_nothing(predictor, monkeypatch):

@@ -185,6 +185,51 @@ def test_reader_does_not_wait_for_what_is_no_longer_wanted(slow):
     reader.close()
 
 
+def test_threads_do_not_give_up_what_others_wait_for(slow):
+    reader, slow.held[1] = FrameReader(slow), threading.Event()
+    reader.read(0, ahead=[1])
+    wait_until(lambda: slow.reads == [0, 1])
+    found = {}
+
+    def read(index):
+        try:
+            found[index] = number(reader.read(index))
+        except BaseException as error:
+            found[index] = error
+
+    threads = [threading.Thread(target=read, args=(index,)) for index in (5, 12, 3, 18)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(reader._awaited) == 4)
+    slow.held[1].set()
+    for thread in threads:
+        thread.join()
+    assert found == {index: index for index in (5, 12, 3, 18)}
+    assert not reader._awaited
+    reader.close()
+
+
+def test_who_waits_is_told_that_the_reader_is_closed(slow):
+    reader, slow.held[1] = FrameReader(slow), threading.Event()
+    reader.read(0, ahead=[1])
+    wait_until(lambda: slow.reads == [0, 1])
+    errors = []
+
+    def read():
+        try:
+            reader.read(9)
+        except ValueError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    wait_until(lambda: len(reader._awaited) == 1)
+    threading.Timer(0.05, slow.held[1].set).start()
+    reader.close()
+    thread.join()
+    assert errors == ["this reader is closed; make another one."]
+
+
 def test_reader_keeps_few_frames(slow, monkeypatch):
     monkeypatch.setattr("sam2jax.io.reader._BUDGET", 10 * 16 * 16 * 3)
     reader = FrameReader(slow)

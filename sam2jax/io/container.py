@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import itertools
 import os
@@ -71,6 +72,12 @@ class ContainerVideo(Video):
             self._kept.clear()
             self._container.close()
             self._closed = True
+
+    def __del__(self) -> None:
+        # FFmpeg's objects know each other: the file would stay open until cycles are looked for.
+        container = getattr(self, "_container", None)
+        if container is not None:
+            container.close()
 
     def _read(self, index: int) -> Any:
         with self._lock:
@@ -269,6 +276,8 @@ def _open(source: pathlib.Path | bytes, name: str) -> Any:
                 # From the root on: FFmpeg takes what is before a colon for a protocol.
                 container = av.open(str(source.absolute()), **ANY_METADATA)
     except (FFmpegError, MemoryError) as error:
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            raise OSError(error.errno, os.strerror(error.errno), name) from error
         raise ValueError(
             f"{name} is not a video that FFmpeg can read, or an incomplete one; expected a video "
             "file (mp4, mkv, mov, webm, ...) or a folder of JPEG or PNG frames."

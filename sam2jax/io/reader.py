@@ -6,9 +6,9 @@ import itertools
 import queue
 import threading
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,6 +17,7 @@ from sam2jax.io.video import Video
 
 _BUDGET = 64 * 2**20  # bytes of frames that are kept
 _FEWEST = 8  # frames that are kept however large they are
+_CLOSED = "this reader is closed; make another one."
 
 _Job: TypeAlias = "tuple[int, Future[np.ndarray]]"
 
@@ -26,7 +27,8 @@ class FrameReader:
 
     The last frames are kept, up to a fixed number of bytes. Only that thread touches the video's
     frames, so that reading here and there, and ahead, never decodes two at once. It ends with
-    `close`, with this object, or with the program, whatever it is waiting for then.
+    `close`, with this object, or with the program, whatever it is waiting for then. Several threads
+    may read.
     """
 
     def __init__(self, video: Video) -> None:
@@ -40,6 +42,8 @@ class FrameReader:
         self._end = weakref.finalize(self, self._jobs.put, None)
         self._frames: OrderedDict[int, Future[np.ndarray]] = OrderedDict()  # the latest last
         self._room = _FEWEST
+        self._lock = threading.Lock()  # of what follows and precedes, not while waiting
+        self._awaited: Counter[int] = Counter()  # frames that are being waited for, by how many
 
     def __deepcopy__(self, memo: Any) -> FrameReader:
         """Reads the same video, which only lends one frame at a time."""
@@ -60,28 +64,39 @@ class FrameReader:
             IndexError: there is no such frame.
             ValueError: it cannot be decoded, or the reader is closed.
         """
-        if not self._end.alive:
-            raise ValueError("this reader is closed; make another one.")
-        known = self._frames.get(index)
-        if known is None or (known.done() and known.exception() is not None):
-            self._forget_waiting()
-            known = self._begin(index)
-        self._frames.move_to_end(index)
-        for other in itertools.islice(ahead, _FEWEST - 1):  # this one must keep its place
-            if other not in self._frames:
-                self._begin(other)
+        with self._lock:
+            if not self._end.alive:
+                raise ValueError(_CLOSED)
+            known = self._frames.get(index)
+            if known is None or (known.done() and known.exception() is not None):
+                self._forget_waiting()
+                known = self._begin(index)
+            self._frames.move_to_end(index)
+            self._awaited[index] += 1
+            for other in itertools.islice(ahead, _FEWEST - 1):  # this one must keep its place
+                if other not in self._frames:
+                    self._begin(other)
         try:
             image = known.result()
+        except CancelledError:
+            raise ValueError(_CLOSED) from None
         except Exception:
-            self._frames.pop(index, None)
+            with self._lock:
+                if self._frames.get(index) is known:
+                    del self._frames[index]
             raise
+        finally:
+            with self._lock:
+                self._awaited -= Counter([index])
         self._room = max(_FEWEST, _BUDGET // image.nbytes)
         return image
 
     def close(self) -> None:
         """Ends the thread, after the frame that it is at; the video may be closed then."""
-        self._forget_waiting()
-        self._end()
+        with self._lock:
+            self._awaited.clear()
+            self._forget_waiting()
+            self._end()
         self._thread.join()
         self._frames.clear()
 
@@ -90,15 +105,15 @@ class FrameReader:
         future: Future[np.ndarray] = Future()
         self._frames[index] = future
         self._jobs.put((index, future))
-        while len(self._frames) > self._room:
-            _, oldest = self._frames.popitem(last=False)
-            oldest.cancel()
+        idle = [other for other in self._frames if other != index and not self._awaited[other]]
+        for oldest in idle[: max(len(self._frames) - self._room, 0)]:
+            self._frames.pop(oldest).cancel()
         return future
 
     def _forget_waiting(self) -> None:
-        """Takes frames out of the line, so that a jump does not wait for them."""
+        """Takes frames that nobody waits for out of the line, so that a jump does not."""
         for index, future in list(self._frames.items()):
-            if future.cancel():
+            if not self._awaited[index] and future.cancel():
                 del self._frames[index]
 
 

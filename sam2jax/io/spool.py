@@ -105,8 +105,8 @@ class IteratorVideo(Video):
 
 def _checked(frame: Any, index: int) -> np.ndarray:
     """A frame as a contiguous array."""
-    mode = getattr(frame, "mode", "RGB")  # of a Pillow picture
-    if mode != "RGB":
+    mode = getattr(frame, "mode", "RGB")  # of a Pillow picture; of a PyTorch tensor a method
+    if isinstance(mode, str) and mode != "RGB":
         raise ValueError(f"frame {index} is a picture of mode {mode}; convert it to RGB.")
     pixels = np.ascontiguousarray(frame)
     if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8 or not pixels.size:

@@ -167,7 +167,7 @@ class SAM2(nn.Module):
         config = self.config
         memory = self.memory_encoder(features, mask_weights).astype(jnp.float32)
         if config.no_obj_embed_spatial:
-            absent = (object_score <= 0)[:, None, None, None]
+            absent = (object_score <= 0).astype(jnp.float32)[:, None, None, None]
             memory = memory + absent * self.no_obj_embed_spatial.reshape(1, 1, 1, -1)
         memory = memory.reshape(memory.shape[0], -1, config.mem_dim)
         return memory.astype(jnp.bfloat16)

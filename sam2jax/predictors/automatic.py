@@ -14,7 +14,6 @@ from tqdm import tqdm
 from sam2jax.io.runs import encode_coco, encode_runs
 from sam2jax.nn.sam2 import prepare_params
 from sam2jax.predictors.grids import Box, crop_boxes, near_crop_edge, point_grids
-from sam2jax.predictors.image import preprocess
 from sam2jax.predictors.inputs import check_image
 from sam2jax.predictors.options import load_with, model_and_params
 from sam2jax.predictors.regions import (
@@ -25,7 +24,7 @@ from sam2jax.predictors.regions import (
     kept_boxes,
     restored,
 )
-from sam2jax.predictors.sizes import jit_for_sizes
+from sam2jax.predictors.sizes import jit_for_sizes, preprocess
 from sam2jax.segmentation.generate import Canvas, measure_masks, propose_masks
 from sam2jax.segmentation.image import encode_image
 from sam2jax.types import MAX_FED_BACK_LOGIT

@@ -13,10 +13,10 @@ import numpy as np
 from sam2jax.config import SAM2Config
 from sam2jax.nn.sam2 import prepare_params
 from sam2jax.ops.masks import fill_regions
-from sam2jax.ops.resize import preprocess_image, resize_masks
+from sam2jax.ops.resize import resize_masks
 from sam2jax.predictors.inputs import check_image
 from sam2jax.predictors.options import load_with, model_and_params
-from sam2jax.predictors.sizes import jit_for_sizes
+from sam2jax.predictors.sizes import jit_for_sizes, preprocess
 from sam2jax.segmentation.image import decode_masks, encode_image
 from sam2jax.types import (
     MAX_FED_BACK_LOGIT,
@@ -272,12 +272,6 @@ class SAM2ImagePredictor:
         logits = np.clip(found.masks, -MAX_FED_BACK_LOGIT, MAX_FED_BACK_LOGIT)
         answer = full, np.asarray(found.ious), logits
         return answer if len(full) > 1 else (full[0], answer[1][0], answer[2][0])
-
-
-@jit_for_sizes
-def preprocess(images: Array, *, size: int) -> Array:
-    """Apart from the encoder, which thus is compiled once for images of all sizes."""
-    return preprocess_image(images, size)
 
 
 @partial(jax.jit, static_argnums=(0, 4))

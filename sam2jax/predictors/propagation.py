@@ -26,6 +26,7 @@ from sam2jax.predictors.session import (
     build_state,
     memory_reach,
 )
+from sam2jax.predictors.sizes import preprocess
 from sam2jax.tracking.state import TrackState
 from sam2jax.types import Array, ImageFeatures, power_of_two
 
@@ -205,7 +206,7 @@ class Propagation:
             return frame_features(self.model, self.params, self.state, frames[0])
         images = [self.state.frames.read(frame) for frame in frames]
         images += images[-1:] * (self._chunk - len(images))
-        return encode(self.model, self.params, np.stack(images))
+        return _encode(self.model, self.params, np.stack(images))
 
 
 def frames_at_once() -> int:
@@ -215,10 +216,18 @@ def frames_at_once() -> int:
 
 def frame_features(model: SAM2, params: Any, state: InferenceState, frame: int) -> ImageFeatures:
     """A frame's features; the last ones are kept, for click after click on one frame."""
-    if state.cached_features is None or state.cached_features[0] != frame:
+    cached = state.cached_features
+    if cached is None or cached[0] != frame:
         image = state.frames.read(frame)
-        state.cached_features = (frame, encode(model, params, image[None]))
-    return state.cached_features[1]
+        cached = state.cached_features = (frame, _encode(model, params, image[None]))
+    return cached[1]
+
+
+def _encode(model: SAM2, params: Any, frames: np.ndarray) -> ImageFeatures:
+    """Features of frames of any size, by one program."""
+    size = model.config.image_size
+    fits = frames.shape[1:3] == (size, size)
+    return encode(model, params, frames if fits else preprocess(frames, size=size))
 
 
 def stored(record: Record, state: InferenceState) -> Record:

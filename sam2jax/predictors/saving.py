@@ -52,6 +52,7 @@ def save(
     Raises:
       TypeError: an object's id is neither a string, number, bool or None, nor a tuple of such.
     """
+    objects = {i: history.copy() for i, history in dict(state.objects).items()}  # it may go on
     header = {
         "format": FORMAT,
         "config": config.to_dict(),
@@ -59,11 +60,11 @@ def save(
         "clip_length": state.clip_length,
         "history": state.history,
         "offload_state_to_cpu": state.offload_state_to_cpu,
-        "ids": [_encode_id(obj_id) for obj_id in state.objects],
-        "tracked": [[*h.tracked.items()] for h in state.objects.values()],
+        "ids": [_encode_id(obj_id) for obj_id in objects],
+        "tracked": [[*h.tracked.items()] for h in objects.values()],
     }
     arrays = {"header": np.frombuffer(json.dumps(header).encode(), np.uint8), **(extra or {})}
-    for place, history in enumerate(state.objects.values()):
+    for place, history in enumerate(objects.values()):
         for name, value in _pack(history).items():
             arrays[f"{place}/{name}"] = value
     with atomic_path(path) as temporary, temporary.open("wb") as file:

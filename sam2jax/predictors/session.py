@@ -136,7 +136,7 @@ class InferenceState:
 
     def __deepcopy__(self, memo: Any) -> InferenceState:
         """A session of its own on the same video, which goes on from here."""
-        copies = {obj_id: history.copy() for obj_id, history in self.objects.items()}
+        copies = {obj_id: history.copy() for obj_id, history in dict(self.objects).items()}
         return dataclasses.replace(self, frames=copy.deepcopy(self.frames, memo), objects=copies)
 
     def __getstate__(self) -> Any:

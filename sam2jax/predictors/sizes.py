@@ -8,6 +8,9 @@ from typing import Any, TypeVar
 
 import jax
 
+from sam2jax.ops.resize import preprocess_image
+from sam2jax.types import Array
+
 MOST_SIZES = 32  # for which a function's programs are kept: those of an image and all its crops
 
 _Result = TypeVar("_Result")
@@ -32,3 +35,9 @@ def jit_for_sizes(function: Callable[..., _Result]) -> Callable[..., _Result]:
         return program(kinds, **static)(*arrays)
 
     return call
+
+
+@jit_for_sizes
+def preprocess(images: Array, *, size: int) -> Array:
+    """Apart from the encoder, which thus is compiled once for images of all sizes."""
+    return preprocess_image(images, size)

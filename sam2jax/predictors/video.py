@@ -121,6 +121,8 @@ class SAM2VideoPredictor:
         Args:
           video_path: a video file or its bytes, a folder of JPEG or PNG frames, an array, uint8
             RGB [T, H, W, 3], an iterator of uint8 RGB [H, W, 3] frames, or an opened `Video`.
+            Of an iterator 16 frames are taken at once, as answers depend on how many there are
+            if there are fewer; `SAM2CameraPredictor` waits for none.
           offload_video_to_cpu: accepted; frames are always read when they are needed, a little
             ahead and by a thread of their own, and few are kept.
           offload_state_to_cpu: keep the frames' memories on the host (`InferenceState` says how
@@ -381,6 +383,8 @@ class SAM2VideoPredictor:
 
     def _check_frame(self, state: InferenceState, frame_idx: Any) -> int:
         frame = operator.index(frame_idx)
+        if frame < 0:  # without looking for the end, which an iterator may not have
+            raise ValueError(f"Frames are counted from 0, there is no frame {frame_idx}.")
         if not state.video.reaches(frame):
             raise ValueError(
                 f"The video has frames 0 to {state.num_frames - 1}, there is no frame {frame_idx}."
