@@ -276,8 +276,9 @@ def _open(source: pathlib.Path | bytes, name: str) -> Any:
                 # From the root on: FFmpeg takes what is before a colon for a protocol.
                 container = av.open(str(source.absolute()), **ANY_METADATA)
     except (FFmpegError, MemoryError) as error:
-        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-            raise OSError(error.errno, os.strerror(error.errno), name) from error
+        number = getattr(error, "errno", None)
+        if number in (errno.EMFILE, errno.ENFILE):  # that is not the video's fault
+            raise OSError(number, os.strerror(number), name) from error
         raise ValueError(
             f"{name} is not a video that FFmpeg can read, or an incomplete one; expected a video "
             "file (mp4, mkv, mov, webm, ...) or a folder of JPEG or PNG frames."
