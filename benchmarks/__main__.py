@@ -13,8 +13,8 @@ python -m benchmarks [SECTION ...] [options], or `sam2jax bench`. Sections:
 Times are medians of paired runs; ratio is official over ours, above 1 ours is faster; share is of
 the rate that the device reaches in one large matrix product. Answers are compared before a time is
 believed; where they differ the row says so, and the command fails in the end. The official package
-needs the parity extra; where it is missing ours is timed alone. A table is printed and
-results/SECTION-VARIANT-SIZE-DTYPE-DEVICE[-compiled].json written.
+needs the parity extra; where it is missing ours is timed alone. A table is printed, and the clone's
+benchmarks/results/SECTION-VARIANT-SIZE-DTYPE-DEVICE[-compiled].json written.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             refused += row.ours is None
         told = dataclasses.asdict(settings)
         told["picture"] = settings.picture and pathlib.Path(settings.picture).name
-        save(f"{section}-{slug}", told, rows)
+        print(save(f"{section}-{slug}", told, rows), flush=True)
     if refused:
         sys.exit(f"{refused} times were not believed: answers differ by more than is allowed.")
 

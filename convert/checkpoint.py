@@ -31,6 +31,7 @@ Format = Literal["orbax", "safetensors", "official", "huggingface"]
 
 _HF_WEIGHTS = "model.safetensors"  # as `transformers` names it
 _STATES = ("model", "state_dict")  # the official package's key of the weights; Lightning's
+_OF_FILES = (".bin", ".ckpt", ".pt2", ".msgpack", ".npz", ".h5", ".onnx")  # not made here
 _FILES = {".pt": "official", ".pth": "official", ".safetensors": "safetensors"}
 
 
@@ -138,8 +139,15 @@ def format_for(dest: PathLike, to: str | None = None) -> Format:
     suffix = pathlib.Path(dest).suffix.lower()
     if to is None:
         to = _FILES.get(suffix, "orbax")
+        if suffix in _OF_FILES:
+            raise ValueError(
+                f"{dest}: expected {', '.join(_FILES)}, or the name of a folder (Orbax); or say "
+                "which format it is to be."
+            )
     if to not in get_args(Format):
         raise ValueError(f"unknown format {to!r}; choose from {', '.join(get_args(Format))}.")
+    if suffix in _FILES and to in ("official", "safetensors") and to != _FILES[suffix]:
+        raise ValueError(f"{dest} would hold the format {to}, and {suffix} is {_FILES[suffix]}'s.")
     if to in ("orbax", "huggingface") and suffix in _FILES:
         raise ValueError(f"{dest} names a file, and the format {to} is a folder.")
     return to  # type: ignore[return-value]

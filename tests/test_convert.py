@@ -369,6 +369,12 @@ def test_what_transformers_fixes_is_refused(tmp_path: pathlib.Path):
 def test_destination_decides_the_format():
     assert convert.format_for("a/b.pth") == convert.format_for("A.PT") == "official"
     assert convert.format_for("sam2.1_hiera_tiny") == "orbax"
+    for name in ("a.bin", "a.ckpt"):
+        with pytest.raises(ValueError, match=f"{name}: expected .pt, .pth, .safetensors, or the"):
+            convert.format_for(name)
+    assert convert.format_for("a.bin", "official") == "official"
+    with pytest.raises(ValueError, match="would hold the format official, and .safetensors is"):
+        convert.format_for("a.safetensors", "official")
     with pytest.raises(ValueError, match="unknown format 'onnx'; choose from orbax, safetensors"):
         convert.format_for("a", "onnx")
     with pytest.raises(ValueError, match="a.safetensors names a file, and the format huggingface"):

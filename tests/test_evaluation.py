@@ -573,6 +573,25 @@ def test_shards_and_damaged_videos(command, checkpoint, tmp_path):
     assert sorted(os.listdir("out")) == ["ant", "bear", "camel"]
 
 
+def test_what_is_there_is_scored_if_not_all_need_be(command, checkpoint, tmp_path):
+    write_davis(tmp_path, ("ant", "bear"))
+    (tmp_path / "videos/bear/00003.jpg").write_bytes(b"no picture")
+    given = ["eval", tmp_path / "videos", "--masks", tmp_path / "masks", "--out", "out"]
+    given += ["--checkpoint", checkpoint, "-q", "--score", "--workers", 1]
+    strict = command(*given)
+    assert strict.exit_code == 1 and "J&F" not in strict.stdout
+    tolerant = command(*given, "--no-strict")
+    assert tolerant.exit_code == 1 and "1 videos)" in tolerant.stdout
+
+
+def test_masks_of_another_layout_are_not_scored(command, checkpoint, tmp_path):
+    write_davis(tmp_path, ("ant",))
+    given = ["eval", tmp_path / "videos", "--masks", tmp_path / "masks", "--out", "out"]
+    result = command(*given, "--checkpoint", checkpoint, "--score", "--per-object-png")
+    assert result.exit_code == 2 and "--per-object-png writes another layout" in result.output
+    assert not pathlib.Path("out").exists()
+
+
 def test_another_policy(command, checkpoint, tmp_path, monkeypatch):
     predictors = []
     monkeypatch.setattr(vos, "segment_videos", lambda used, *_, **__: predictors.append(used) or [])

@@ -389,6 +389,20 @@ def test_mask_prompts_are_read(tmp_path, mode, value):
     np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), mask)
 
 
+def test_of_a_cut_out_what_is_opaque_is_the_object(tmp_path):
+    """Whatever colour lies below what is transparent."""
+    inside = np.zeros((30, 40), bool)
+    inside[5:20, 10:30] = True
+    for name, colour in (("white", 255), ("dark", 20)):
+        pixels = np.full((30, 40, 4), colour, np.uint8)
+        pixels[..., 3] = np.where(inside, 255, 0)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        np.testing.assert_array_equal(read_mask(tmp_path / f"{name}.png"), inside)
+    opaque = np.where(inside[..., None], 255, np.array([0, 0, 0, 255])).astype(np.uint8)
+    Image.fromarray(opaque).save(tmp_path / "opaque.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "opaque.png"), inside)
+
+
 def test_bad_mask_prompts_are_refused(tmp_path):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "empty.png")
     with pytest.raises(ValueError, match="empty mask"):

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import pathlib
 import signal
 import sys
 from types import SimpleNamespace
@@ -149,6 +150,8 @@ def test_frozen_parts(tmp_path):
     assert set(whole) == set(flatten_dict(param_shapes(CONFIG), sep="/"))
     with pytest.raises(ValueError, match="nothing to be trained"):
         first_state(run_config(tmp_path, freeze=["."]))
+    with pytest.raises(ValueError, match="'image_encodr' is in no parameter's name; .* image_enc"):
+        first_state(run_config(tmp_path, freeze=["image_encodr", "mask_decoder"]))
 
 
 def test_shardings(tmp_path):
@@ -226,6 +229,8 @@ def test_command_line(tmp_path):
     run = CliRunner().invoke
     shown = run(app, ["train", "--config", "lora", "--show"])
     assert shown.exit_code == 0 and shown.output == (SHIPPED / "lora.toml").read_text()
+    shown = run(app, ["train", "--config", "lora", "--show", "--steps", "3"])
+    assert shown.exit_code == 2 and "leave --output and --steps out" in shown.output
     for text, message in (
         ("steps = ", "no TOML file"),
         ("steps = 3", "needs 'output', 'model'"),
@@ -257,6 +262,7 @@ def test_runs_that_cannot_begin(tmp_path):
 
     with pytest.raises(FileNotFoundError, match="no checkpoint to resume"):
         train(run_config(tmp_path), resume=True, progress=False)
+    assert not pathlib.Path(run_config(tmp_path).output).exists()
     with pytest.raises(ValueError, match="multiple of the 2 devices"):
         train(run_config(tmp_path, batch_size=3), progress=False)
     with pytest.raises(FileNotFoundError):

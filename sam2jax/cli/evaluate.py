@@ -152,6 +152,9 @@ def evaluate(
         if score and parts > 1:
             raise ValueError("a shard is not the whole set; score when all of them are done.")
         names = _list(videos, video_list)
+        failed = False
+        if score and truth is not None and per_object_png is not None:
+            _check_layout(truth, names or [], per_object_png)
         if videos is not None:
             if masks is None or checkpoint is None:
                 raise ValueError("tracking needs --masks and --checkpoint.")
@@ -160,7 +163,7 @@ def evaluate(
             from sam2jax.predictors.video import SAM2VideoPredictor
 
             assert names is not None
-            _track(
+            failed = _track(
                 (videos, masks, out),
                 names[part::parts],
                 lambda: SAM2VideoPredictor(
@@ -170,6 +173,8 @@ def evaluate(
                 VOSOptions(objects_appear_later, use_all_masks, per_object_png, score_threshold),
                 quiet,
             )
+            if failed and strict:  # what there is can be scored otherwise
+                raise typer.Exit(SOME_FAILED)
         if score and truth is not None:
             from sam2jax.evaluation.scoring import score_folders
 
@@ -183,6 +188,8 @@ def evaluate(
                 progress=not quiet,
             )
             _report(results, out / "results.csv", as_json)
+        if failed:
+            raise typer.Exit(SOME_FAILED)
 
 
 def _parse_shard(text: str) -> tuple[int, int]:
@@ -202,14 +209,27 @@ def _list(videos: pathlib.Path | None, video_list: pathlib.Path | None) -> list[
     return None if videos is None else list_videos(videos)
 
 
+def _check_layout(truth: pathlib.Path, names: list[str], per_object: bool) -> None:
+    """Masks are scored in the layout of the true ones."""
+    from sam2jax.evaluation.layouts import open_masks
+
+    first = next((truth / name for name in names if (truth / name).is_dir()), None)
+    if first is not None and open_masks(first).per_object != per_object:
+        option = "--per-object-png" if per_object else "--palette-png"
+        raise ValueError(
+            f"{option} writes another layout than that of {first}, which it could not be scored "
+            "against; leave it or --score out."
+        )
+
+
 def _track(
     folders: tuple[pathlib.Path, pathlib.Path, pathlib.Path],
     names: list[str],
     load: Callable[[], SAM2VideoPredictor],
     options: VOSOptions,
     quiet: bool,
-) -> None:
-    """Writes the masks of the videos that have none yet; ends the program if some fail."""
+) -> bool:
+    """Writes the masks of the videos that have none yet; whether some failed."""
     from sam2jax.evaluation.vos import segment_videos, unfinished
 
     todo = unfinished(folders[-1], names)
@@ -220,7 +240,7 @@ def _track(
             err=True,
         )
     if not todo:
-        return
+        return False
     failed = 0
     for outcome in segment_videos(load(), *folders, todo, options, progress=not quiet):
         if outcome.problem is not None:
@@ -228,7 +248,7 @@ def _track(
             typer.echo(f"error: {outcome.video}: {outcome.problem}", err=True)
     if failed:
         typer.echo(f"{failed} of {len(todo)} videos failed; run again to try those only.", err=True)
-        raise typer.Exit(SOME_FAILED)
+    return failed > 0
 
 
 def _report(results: Results, table: pathlib.Path, as_json: pathlib.Path | None) -> None:

@@ -13,7 +13,8 @@ from sam2jax.cli.prompts import PromptTable, add_entries, read_prompts
 from sam2jax.types import power_of_two
 
 VIDEO_SUFFIXES = frozenset(
-    ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp".split()
+    ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .mxf .vob"
+    " .gif".split()
 )
 
 

@@ -19,6 +19,7 @@ import typer
 # Exit codes.
 SOME_FAILED = 1  # images or videos were passed over
 BAD_INPUT = 2  # as for a mistyped option
+BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
 
 
 class DType(enum.StrEnum):
@@ -66,6 +67,9 @@ def errors_told() -> Iterator[None]:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on
+        raise typer.Exit(BROKEN_PIPE) from None
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from error
@@ -98,8 +102,9 @@ def log_shown() -> Iterator[None]:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     log = logging.getLogger("sam2jax")
-    level = log.level
+    level, passed_on = log.level, log.propagate
     log.setLevel(logging.INFO)
+    log.propagate = False  # or a library's handler of all logs shows it once more
     handler = logging.StreamHandler(sys.stdout)
     log.addHandler(handler)
     try:
@@ -108,6 +113,7 @@ def log_shown() -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
+        log.propagate = passed_on
 
 
 def cache_folder() -> pathlib.Path:

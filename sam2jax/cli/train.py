@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import pathlib
 from typing import Annotated
@@ -56,7 +57,10 @@ def train(
                 "--coordinator, --num-processes and --process-id are of a run on several "
                 "processes; give --distributed too."
             )
+        if show and (output is not None or steps is not None):
+            raise ValueError("--show prints the file as it is; leave --output and --steps out.")
         if show:
+            read_config(config)
             typer.echo(read_text(config), nl=False)
             return
         run = read_config(config)
@@ -71,11 +75,12 @@ def train(
         from sam2jax.training.loop import train as train_model
 
         try:
-            with log_shown():
+            with contextlib.nullcontext() if quiet else log_shown():
                 path = train_model(run, resume=resume, progress=not quiet)
         except FloatingPointError as error:
             raise ValueError(str(error)) from error
-        typer.echo(f"trained model: {path}")
+        if not quiet:
+            typer.echo(f"trained model: {path}")
 
 
 def _require(*packages: str) -> None:

@@ -141,7 +141,8 @@ def resize_image(image: Image, size: int) -> np.ndarray:
 
 
 def read_mask(path: PathLike) -> np.ndarray:
-    """A mask prompt from an image file: one object, bright (or any index above 0) on dark.
+    """A mask prompt from an image file: one object, bright (or any index above 0) on dark, or
+    opaque on transparent.
 
     Returns:
         bool [H, W].
@@ -154,7 +155,10 @@ def read_mask(path: PathLike) -> np.ndarray:
 
     with _reading(path), Image.open(path, formats=_FORMATS) as image:
         as_stored = image.mode in ("P", "1")
-        values = np.asarray(image if as_stored else image.convert("L")).astype(np.uint8)
+        picture = image if as_stored else image.convert("L")
+        if "A" in image.getbands() and image.getchannel("A").getextrema()[0] < 255:
+            picture = image.getchannel("A")  # cut out: what is transparent has any colour
+        values = np.asarray(picture).astype(np.uint8)
         indexed = image.mode == "P" or values.max() < _DIM
     ids = np.unique(values[values > 0]).tolist()
     if indexed and len(ids) > 1:

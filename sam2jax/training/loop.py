@@ -58,6 +58,8 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
             f"batch_size must be a multiple of the {mesh.size} devices, got {config.batch_size}."
         )
     output = pathlib.Path(config.output)
+    if resume and not (output / CHECKPOINTS).is_dir():  # nor is it made
+        raise FileNotFoundError(f"{output} holds no checkpoint to resume from; leave resume out.")
     with Checkpoints(output / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
         _check_start(output, checkpoints, resume)
         served, model, loader, state = _start(config, mesh, checkpoints if resume else None)

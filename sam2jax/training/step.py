@@ -45,12 +45,18 @@ def init_train_state(config: TrainConfig, model: SAM2, params: Any, key: Array) 
       key: random, for low-rank updates.
 
     Raises:
-      ValueError: nothing is left to be trained.
+      ValueError: nothing is left to be trained, or a rule of `freeze` is for no parameter.
     """
     flat = {path: jnp.asarray(value, jnp.float32) for path, value in _flat(params).items()}
     if config.lora is not None:
         trainable, frozen = init_lora(config.lora, flat, key), flat
     else:
+        for rule in config.freeze:
+            if not any(re.search(rule, path) for path in flat):
+                raise ValueError(
+                    f"freeze: {rule!r} is in no parameter's name; they begin with "
+                    f"{', '.join(sorted(params))}."
+                )
         stays = re.compile("|".join([NEVER_TRAINED, *config.freeze]))
         frozen = {path: value for path, value in flat.items() if stays.search(path)}
         trainable = {path: value for path, value in flat.items() if path not in frozen}
