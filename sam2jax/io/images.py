@@ -156,7 +156,7 @@ def read_mask(path: PathLike) -> np.ndarray:
     with _reading(path), Image.open(path, formats=_FORMATS) as image:
         as_stored = image.mode in ("P", "1")
         picture = image if as_stored else image.convert("L")
-        if "A" in image.getbands() and image.getchannel("A").getextrema()[0] < 255:
+        if "A" in image.getbands() and np.asarray(image.getchannel("A")).min() < 255:
             picture = image.getchannel("A")  # cut out: what is transparent has any colour
         values = np.asarray(picture).astype(np.uint8)
         indexed = image.mode == "P" or values.max() < _DIM
