@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import pathlib
 from typing import Annotated
 
 import typer
 
-from sam2jax.cli.session import Quiet, errors_told, keep_compiled_programs, log_shown
+from sam2jax.cli.session import errors_told, keep_compiled_programs, log_shown
 
 
 def train(
@@ -37,7 +36,9 @@ def train(
     ] = None,
     num_processes: Annotated[int | None, typer.Option(min=1, help="With --coordinator.")] = None,
     process_id: Annotated[int | None, typer.Option(min=0, help="With --coordinator.")] = None,
-    quiet: Quiet = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress bar; metrics are shown as lines.")
+    ] = False,
 ) -> None:
     """Fine-tune a checkpoint on your own videos, or train a model from scratch.
 
@@ -75,12 +76,11 @@ def train(
         from sam2jax.training.loop import train as train_model
 
         try:
-            with contextlib.nullcontext() if quiet else log_shown():
+            with log_shown():
                 path = train_model(run, resume=resume, progress=not quiet)
         except FloatingPointError as error:
             raise ValueError(str(error)) from error
-        if not quiet:
-            typer.echo(f"trained model: {path}")
+        typer.echo(f"trained model: {path}")
 
 
 def _require(*packages: str) -> None:
