@@ -49,7 +49,6 @@ def config_json(config: SAM2Config) -> dict[str, Any]:
             raise ValueError(f"transformers fixes {name} at {theirs}, and this model has {ours}.")
     trunk, decoder, width = config.trunk, config.mask_decoder, config.hidden_dim
     doubling = [2**i for i in range(len(trunk.stages))]
-    dynamic = ("via_stability", "stability_delta", "stability_thresh")
     shared = {
         "image_size": config.image_size,
         "vision_config": {
@@ -87,10 +86,7 @@ def config_json(config: SAM2Config) -> dict[str, Any]:
             "num_multimask_outputs": decoder.num_multimask_outputs,
             "iou_head_depth": decoder.iou_head_depth,
             "iou_head_hidden_dim": decoder.iou_head_hidden_dim,
-            **{
-                f"dynamic_multimask_{name}": getattr(config, f"dynamic_multimask_{name}")
-                for name in dynamic
-            },
+            **{name: getattr(config, name) for name in _DYNAMIC},
         },
     }
     if config.images_only:
@@ -103,8 +99,7 @@ def config_json(config: SAM2Config) -> dict[str, Any]:
         "num_maskmem": config.num_maskmem,
         "max_object_pointers_in_encoder": config.max_obj_ptrs_in_encoder,
         "max_cond_frame_num": config.max_cond_frames_in_attn,
-        "multimask_min_pt_num": config.multimask_min_pt_num,
-        "multimask_max_pt_num": config.multimask_max_pt_num,
+        **{name: getattr(config, name) for name in _POINTS},
         "enable_occlusion_spatial_embedding": config.no_obj_embed_spatial,
         "enable_temporal_pos_encoding_for_object_pointers": config.add_tpos_enc_to_obj_ptrs,
         "memory_attention_hidden_size": width,

@@ -59,7 +59,7 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         )
     output = pathlib.Path(config.output)
     if resume and not (output / CHECKPOINTS).is_dir():  # nor is it made
-        raise FileNotFoundError(f"{output} holds no checkpoint to resume from; leave resume out.")
+        raise _nothing_to_resume(output)
     with Checkpoints(output / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
         _check_start(output, checkpoints, resume)
         served, model, loader, state = _start(config, mesh, checkpoints if resume else None)
@@ -77,12 +77,16 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
 
 def _check_start(output: pathlib.Path, checkpoints: Checkpoints, resume: bool) -> None:
     if resume and checkpoints.latest is None:
-        raise FileNotFoundError(f"{output} holds no checkpoint to resume from; leave resume out.")
+        raise _nothing_to_resume(output)
     if not resume and checkpoints.latest is not None:
         raise ValueError(
             f"{output} holds a run of {checkpoints.latest} steps: resume it, or give another "
             "output."
         )
+
+
+def _nothing_to_resume(output: pathlib.Path) -> FileNotFoundError:
+    return FileNotFoundError(f"{output} holds no checkpoint to resume from; leave resume out.")
 
 
 def _start(
